@@ -1,0 +1,177 @@
+"""The work folder: everything a convert has finished so far, so that it can be killed at any moment and go on.
+
+    manifest.json                the settings of each stage and what is done (JSON, replaced atomically)
+    importance.safetensors       <linear>.input [n_in], <linear>.output [n_out]: RMS of activations and output gradients
+    linears/<linear>.safetensors one factorized linear: signs_a, signs_b (packed, uint8), scale_a, scale_m, scale_b (float32)
+    tuning.safetensors           the last tuning snapshot (parameters, optimizer, best state)
+    final.safetensors            what is exported: <linear>.scale_{a,m,b} (float16) and the tuned norms (float32)
+
+`<linear>` is the Hugging Face module name ("model.layers.3.mlp.up_proj"). A file is written beside its target, flushed to
+the disk and renamed; the manifest names it only afterwards. What the manifest does not name does not exist.
+"""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from . import __version__
+from .errors import DBFError
+from .factors import Factors, pack_signs, unpack_signs
+
+FORMAT = 1
+SCALES = ("scale_a", "scale_m", "scale_b")
+
+
+def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+    """Lets `write` fill a temporary file beside `path`, flushes it to the disk, then renames it.
+
+    Raises DBFError with one line when the disk is full or not writable; the temporary file is removed.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.part")
+    try:
+        write(part)
+        with open(part, "rb+") as f:
+            os.fsync(f.fileno())
+        os.replace(part, path)
+    except Exception as error:
+        part.unlink(missing_ok=True)
+        if is_disk_error(error):
+            raise DBFError(f"cannot write {path}: {disk_error_text(error)}") from None
+        raise
+
+
+def is_disk_error(error: Exception) -> bool:
+    """Whether an exception, of Python or of the safetensors library, says that writing failed."""
+    return isinstance(error, OSError) or "No space left" in str(error) or "I/O error" in str(error)
+
+
+def disk_error_text(error: Exception) -> str:
+    return error.strerror if isinstance(error, OSError) and error.strerror else str(error).splitlines()[0]
+
+
+class WorkFolder:
+    """A work folder on disk. `manifest` is its JSON; `save()` writes it back."""
+
+    def __init__(self, path: Path, manifest: dict):
+        self.path = path
+        self.manifest = manifest
+
+    # --- opening
+
+    @classmethod
+    def create(cls, path: Path) -> "WorkFolder":
+        """A new, empty work folder at `path`. Raises DBFError when something else lies there."""
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise DBFError(f"{path} exists and is no work folder: name another with --work")
+        work = cls(path, {"format": FORMAT, "tool_version": __version__, "settings": {}, "linears": {}})
+        work.save()
+        return work
+
+    @classmethod
+    def open(cls, path: Path) -> "WorkFolder":
+        """The existing work folder at `path`. Raises DBFError when there is none or it is of another version."""
+        try:
+            manifest = json.loads((path / "manifest.json").read_text())
+        except FileNotFoundError:
+            raise DBFError(f"{path} is no work folder (it has no manifest.json)") from None
+        except (OSError, ValueError) as error:
+            raise DBFError(f"{path}/manifest.json cannot be read: {error}") from None
+        if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+            raise DBFError(f"{path} was made by another version of dbf-gguf: start anew with another --work")
+        return cls(path, manifest)
+
+    def save(self) -> None:
+        text = json.dumps(self.manifest, indent=1)
+        write_atomically(self.path / "manifest.json", lambda part: part.write_text(text))
+
+    # --- settings
+
+    def claim(self, stage: str, settings: dict) -> None:
+        """Records the settings a stage runs under, or checks them against those it was begun under.
+
+        Raises DBFError that names every setting that changed.
+        """
+        settings = json.loads(json.dumps(settings))  # tuples become lists, as after reading back
+        old = self.manifest["settings"].setdefault(stage, settings)
+        changed = [
+            f"{name.replace('_', '-')} was {old.get(name)}, now {settings.get(name)}"
+            for name in sorted(old.keys() | settings.keys())
+            if old.get(name) != settings.get(name)
+        ]
+        if changed:
+            raise DBFError(
+                f"{self.path} was begun with other settings ({'; '.join(changed)}): "
+                "give the same settings to go on, or another --work to start anew"
+            )
+        self.save()
+
+    # --- tensors
+
+    def write_tensors(self, name: str, tensors: dict[str, torch.Tensor], metadata: dict | None = None) -> None:
+        """Writes `name` ("final.safetensors") atomically."""
+        tensors = {key: value.detach().contiguous().cpu() for key, value in tensors.items()}
+        meta = {"dbf": json.dumps(metadata)} if metadata is not None else None
+        write_atomically(self.path / name, lambda part: save_file(tensors, str(part), metadata=meta))
+
+    def read_tensors(self, name: str) -> dict[str, torch.Tensor]:
+        return load_file(str(self.path / name))
+
+    def read_metadata(self, name: str) -> dict:
+        with safe_open(str(self.path / name), "pt") as f:
+            return json.loads((f.metadata() or {}).get("dbf", "{}"))
+
+    def has(self, name: str) -> bool:
+        return (self.path / name).exists()
+
+    # --- factorized linears
+
+    def write_linear(self, name: str, factors: Factors, record: dict) -> None:
+        """Stores one factorized linear; `record` (k, error, seconds …) goes into the manifest."""
+        tensors = {
+            "signs_a": torch.from_numpy(pack_signs(factors.signs_a)),
+            "signs_b": torch.from_numpy(pack_signs(factors.signs_b)),
+            **{scale: getattr(factors, scale).float() for scale in SCALES},
+        }
+        self.write_tensors(self._linear_file(name), tensors)
+        self.manifest["linears"][name] = record
+        self.save()
+
+    @staticmethod
+    def _linear_file(name: str) -> str:
+        return f"linears/{name}.safetensors"
+
+    def linears(self) -> list[str]:
+        """Names of the finished linears, in the model's order."""
+        return list(self.manifest["linears"])
+
+    def packed_signs(self, name: str) -> tuple[np.ndarray, np.ndarray]:
+        """(A, B) packed: uint8 `[n_out, k / 8]` and `[k, n_in / 8]`, the bytes of the GGUF tensors."""
+        with safe_open(str(self.path / self._linear_file(name)), "np") as f:
+            return f.get_tensor("signs_a"), f.get_tensor("signs_b")
+
+    def scales(self, name: str) -> dict[str, torch.Tensor]:
+        """scale_a, scale_m, scale_b: the final ones (float16) when they exist, else as factorized (float32)."""
+        if self.has("final.safetensors"):
+            with safe_open(str(self.path / "final.safetensors"), "pt") as f:
+                return {scale: f.get_tensor(f"{name}.{scale}") for scale in SCALES}
+        with safe_open(str(self.path / self._linear_file(name)), "pt") as f:
+            return {scale: f.get_tensor(scale) for scale in SCALES}
+
+    def factors(self, name: str) -> Factors:
+        """One linear, decoded."""
+        signs_a, signs_b = self.packed_signs(name)
+        return Factors(unpack_signs(signs_a), unpack_signs(signs_b), **self.scales(name))
+
+    def final_norms(self) -> dict[str, torch.Tensor]:
+        """Tuned norm weights by parameter name ("model.norm.weight"), float32; empty when none were tuned."""
+        if not self.has("final.safetensors"):
+            return {}
+        with safe_open(str(self.path / "final.safetensors"), "pt") as f:
+            return {key: f.get_tensor(key) for key in f.keys() if not key.endswith(SCALES)}
