@@ -4,7 +4,8 @@ Stock gguf-py raises ValueError for a tensor type it does not know, so our own f
 file is, in this order and all little-endian:
 
     magic "GGUF" | u32 version = 3 | u64 number of tensors | u64 number of key-values
-    each key-value:  string key | u32 value type | value       (string: u64 length, bytes; array: u32 type, u64 count, values)
+    each key-value:  string key | u32 value type | value
+                     (a string is u64 length + bytes, an array u32 item type + u64 count + items)
     each tensor:     string name | u32 number of dimensions | u64 ne[] | u32 type | u64 offset within the data part
     padding to `general.alignment` (32 unless the file says otherwise), then the data part
 
@@ -73,7 +74,7 @@ TENSOR_TYPES = {
 }
 TYPE_IDS = {name: number for number, (name, _, _) in TENSOR_TYPES.items()}
 
-# GGUF value types: the simple ones, id -> letter (the same for struct and numpy); STRING and ARRAY have rules of their own
+# GGUF value types: the simple ones, id -> letter (the same for struct and numpy); STRING and ARRAY are read by rule
 _SIMPLE = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "B", 10: "Q", 11: "q", 12: "d"}
 U32, F32, BOOL, STRING, ARRAY = 4, 6, 7, 8, 9
 
@@ -83,7 +84,7 @@ SIGNS, SCALES = PARTS[:2], PARTS[2:]
 
 @dataclass
 class Value:
-    """One metadata value as stored. Strings are bytes (some files hold invalid UTF-8), arrays lists of them or numpy."""
+    """One metadata value as stored. Strings are bytes (some files hold invalid UTF-8), arrays lists or numpy."""
 
     type: int
     stored: object
