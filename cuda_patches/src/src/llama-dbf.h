@@ -1,0 +1,58 @@
+#pragma once
+
+#include "llama.h"
+#include "llama-arch.h"
+
+#include "ggml-cpp.h"
+
+#include <functional>
+#include <initializer_list>
+#include <string>
+#include <utility>
+#include <vector>
+
+struct llama_model_loader;
+
+//
+// Double Binary Factorization (see ggml-dbf.h) in model files: the linear "X.weight" is stored as "X.dbf_b", "X.dbf_a",
+// "X.dbf_sb", "X.dbf_sm" and "X.dbf_sa".
+//
+// The architectures know nothing of this. When one asks for an "X.weight" that is stored this way, it gets a proxy: a tensor
+// with the name and the shape of the weight, without data, whose sources are the five. build_lora_mm(), through which the
+// architectures build their linears, calls llama_dbf_mul_mat(), which recognizes the proxy.
+//
+
+// Checks all that can be checked without the architecture and the data, corrects the number of parameters, sets the file type.
+// No-op for a file without DBF tensors. Throws std::runtime_error with the tensor's name and the reason.
+void llama_dbf_check_file(llama_model_loader & ml);
+
+// true if the name ends in .dbf_b, .dbf_a, .dbf_sb, .dbf_sm or .dbf_sa
+bool llama_dbf_is_companion(const std::string & name);
+
+// an op that uses w (one of the five) in the way that the model will: asked to pick the buffer type of w
+ggml_tensor * llama_dbf_probe_op(ggml_context * ctx, ggml_tensor * w);
+
+// w @ cur, w a proxy or any other weight
+ggml_tensor * llama_dbf_mul_mat(ggml_context * ctx, ggml_tensor * w, ggml_tensor * cur);
+
+struct llama_dbf_proxies {
+    using create_fn = std::function<ggml_tensor * (const LLM_TN_IMPL &, const std::initializer_list<int64_t> &)>;
+
+    // If tn is stored as DBF: creates the five with create() and returns true, with the proxy (or nullptr if the
+    // five were skipped) in result. Throws std::runtime_error if they do not make a weight of shape ne.
+    bool create(
+            const llama_model_loader & ml,
+            const llama_model_params & params,
+            const LLM_TN_IMPL & tn,
+            const std::initializer_list<int64_t> & ne,
+            const create_fn & create,
+            ggml_tensor *& result);
+
+    // To be called when the data is loaded: makes the proxies visible by name, which LoRA adapters need, and throws
+    // std::runtime_error if a scale is not finite.
+    void finalize(std::vector<std::pair<std::string, ggml_tensor *>> & tensors_by_name);
+
+private:
+    std::vector<ggml_tensor *>    proxies;
+    std::vector<ggml_context_ptr> ctxs;
+};

@@ -1,0 +1,80 @@
+// Cases of GGML_OP_DBF_MUL_MAT, included by test-backend-ops.cpp behind the definition of test_case.
+// The CPU backend is compared with its own scalar path (ggml_backend_cpu_set_use_ref), other backends too.
+
+#include "ggml-dbf.h"
+
+struct test_dbf_mul_mat : public test_case {
+    const ggml_type type_s; // of the scales
+    const int64_t n_in;
+    const int64_t k;
+    const int64_t n_out;
+    const std::array<int64_t, 3> ne; // columns and batches of x
+    const bool view; // x is a part of the rows of a wider tensor
+
+    std::string vars() override {
+        return VARS_TO_STR6(type_s, n_in, k, n_out, ne, view);
+    }
+
+    // 16-bit activations are off by 1e-9, 8-bit ones by 1e-4: the latter must not pass
+    double max_nmse_err() override {
+        return 1e-7;
+    }
+
+    uint64_t op_flops(ggml_tensor * t) override {
+        GGML_UNUSED(t);
+        return 2*(n_in + n_out)*k*ne[0]*ne[1]*ne[2];
+    }
+
+    test_dbf_mul_mat(ggml_type type_s, int64_t n_in, int64_t k, int64_t n_out, std::array<int64_t, 3> ne, bool view = false)
+        : type_s(type_s), n_in(n_in), k(k), n_out(n_out), ne(ne), view(view) {}
+
+    ggml_tensor * build_graph(ggml_context * ctx) override {
+        ggml_tensor * B  = ggml_new_tensor_2d(ctx, GGML_TYPE_DBF, n_in, k);
+        ggml_tensor * A  = ggml_new_tensor_2d(ctx, GGML_TYPE_DBF, k, n_out);
+        ggml_tensor * sb = ggml_new_tensor_1d(ctx, type_s, n_in);
+        ggml_tensor * sm = ggml_new_tensor_1d(ctx, type_s, k);
+        ggml_tensor * sa = ggml_new_tensor_1d(ctx, type_s, n_out);
+        ggml_tensor * x  = ggml_new_tensor_4d(ctx, GGML_TYPE_F32, view ? 2*n_in : n_in, ne[0], ne[1], ne[2]);
+        ggml_set_name(B,  "B");
+        ggml_set_name(A,  "A");
+        ggml_set_name(sb, "sb");
+        ggml_set_name(sm, "sm");
+        ggml_set_name(sa, "sa");
+        ggml_set_name(x,  "x");
+
+        if (view) {
+            x = ggml_view_4d(ctx, x, n_in, ne[0], ne[1], ne[2], x->nb[1], x->nb[2], x->nb[3], n_in*sizeof(float));
+            ggml_set_name(x, "view_of_x");
+        }
+
+        ggml_tensor * out = ggml_dbf_mul_mat(ctx, B, A, sb, sm, sa, x);
+        ggml_set_name(out, "out");
+        return out;
+    }
+};
+
+static void add_dbf_test_cases_eval(std::vector<std::unique_ptr<test_case>> & cases) {
+    for (ggml_type type_s : { GGML_TYPE_F16, GGML_TYPE_F32 }) {
+        for (int64_t n : { 1, 2, 8, 33, 512 }) {
+            cases.emplace_back(new test_dbf_mul_mat(type_s, 256, 128, 256, { n, 1, 1 }));
+            // nothing is a multiple of 64, and there are fewer rows than threads may come
+            cases.emplace_back(new test_dbf_mul_mat(type_s, 32, 32, 1, { n, 1, 1 }));
+            cases.emplace_back(new test_dbf_mul_mat(type_s, 544, 160, 333, { n, 1, 1 }));
+            cases.emplace_back(new test_dbf_mul_mat(type_s, 576, 416, 1537, { n, 1, 1 }));
+            cases.emplace_back(new test_dbf_mul_mat(type_s, 1536, 1120, 577, { n, 1, 1 }));
+        }
+        cases.emplace_back(new test_dbf_mul_mat(type_s, 4096, 2112, 4096, { 1, 1, 1 }));
+        cases.emplace_back(new test_dbf_mul_mat(type_s, 14336, 3200, 4096, { 3, 1, 1 }));
+        cases.emplace_back(new test_dbf_mul_mat(type_s, 544, 160, 333, { 3, 2, 5 }));
+        cases.emplace_back(new test_dbf_mul_mat(type_s, 544, 160, 333, { 3, 2, 5 }, /*view =*/ true));
+    }
+}
+
+// the linears of Llama 2 7B at 2 bits a weight
+static void add_dbf_test_cases_perf(std::vector<std::unique_ptr<test_case>> & cases) {
+    for (int64_t n : { 1, 8, 512 }) {
+        cases.emplace_back(new test_dbf_mul_mat(GGML_TYPE_F16,  4096, 4064,  4096, { n, 1, 1 }));
+        cases.emplace_back(new test_dbf_mul_mat(GGML_TYPE_F16,  4096, 5952, 11008, { n, 1, 1 }));
+        cases.emplace_back(new test_dbf_mul_mat(GGML_TYPE_F16, 11008, 5952,  4096, { n, 1, 1 }));
+    }
+}

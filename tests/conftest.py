@@ -1,0 +1,17 @@
+"""Session fixtures that more than one test file needs. Both are slow once and fast ever after: the cache keeps them."""
+
+import pytest
+
+from dbf_gguf import llama_cpp
+
+
+@pytest.fixture(scope="session")
+def patched_tree():
+    """The pinned llama.cpp tree with the patch set applied; read-only."""
+    return llama_cpp.source_tree()
+
+
+@pytest.fixture(scope="session")
+def llama_bin():
+    """The folder of the built programs (minutes on a cold cache)."""
+    return llama_cpp.build()
