@@ -1,0 +1,42 @@
+"""`dbf-gguf verify`: every rule of the format, and the comparison with the work folder."""
+
+import sys
+from pathlib import Path
+
+import click
+
+
+@click.command(
+    epilog="""\b
+Example:
+  dbf-gguf verify smollm2.gguf --work smollm2.gguf.work"""
+)
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option("--work", type=click.Path(path_type=Path), help="Also compare with this work folder, bit for bit.")
+def command(file: Path, work: Path | None) -> None:
+    """Check a DBF GGUF: its structure, every rule of the format, and on request its work folder.
+
+    Lists all violations and ends with status 1 when there are any.
+    """
+    from ..checkpoint import WorkFolder
+    from ..errors import DBFError
+    from ..gguf_file import GGUFFile
+    from ..verify import check_format, check_work
+
+    folder = WorkFolder.open(work) if work else None
+    try:
+        with GGUFFile(file) as gguf:
+            found = check_format(gguf)
+            n_linears = len(gguf.linears())
+            if folder and found:
+                found.append("not compared with the work folder: the file breaks the format")
+            elif folder:
+                found = check_work(gguf, folder)
+    except DBFError as error:
+        found = [str(error)]
+    for violation in found:
+        click.echo(violation)
+    if found:
+        click.echo(f"{file}: {len(found)} violation{'s' * (len(found) > 1)}", err=True)
+        sys.exit(1)
+    click.echo(f"{file}: {n_linears} DBF linears, every rule holds" + (f", equal to {work}" if work else ""))
