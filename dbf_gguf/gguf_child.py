@@ -39,6 +39,7 @@ ALIGNMENT = gguf.GGUF_DEFAULT_ALIGNMENT
 # general.* keys that describe the written file, not the model: never taken from a source GGUF
 FILE_KEYS = ("architecture", "type", "file_type", "quantization_version", "alignment", "quantized_by", "sampling.")
 SIGN_BYTES = np.dtype("<u4")  # one block of a DBF tensor
+FILE_TYPE = 90  # LLAMA_FTYPE_MOSTLY_DBF of the patched llama.cpp, which prints it
 
 
 class OnWrite:
@@ -278,6 +279,8 @@ def copy_general(writer: gguf.GGUFWriter, source: Path, name: str | None) -> Non
 
 def add_dbf_keys(writer: gguf.GGUFWriter, linears: Linears, job: dict) -> None:
     """The `dbf.*` metadata of FORMAT.md. Nothing in it depends on the time or the machine."""
+    writer.remove_key("general.file_type")
+    writer.add_file_type(FILE_TYPE)
     writer.add_uint32("dbf.version", FORMAT_VERSION)
     writer.add_float32("dbf.bits_per_weight", linears.stored_bits / linears.weights)
     writer.add_uint32("dbf.tensor_count", linears.count)

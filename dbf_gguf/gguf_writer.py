@@ -157,7 +157,6 @@ def _run_child(job: dict, llama_cpp: Path) -> dict:
     path = [str(llama_cpp / "gguf-py"), str(llama_cpp), str(package_root), os.environ.get("PYTHONPATH", "")]
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join(filter(None, path)),
-        "PYTHONDONTWRITEBYTECODE": "1",  # the tree stays as the build made it
         "HF_HUB_OFFLINE": "1",  # everything needed is in the folder
         "TRANSFORMERS_VERBOSITY": "error",
     }
