@@ -39,6 +39,7 @@ ALIGNMENT = gguf.GGUF_DEFAULT_ALIGNMENT
 # general.* keys that describe the written file, not the model: never taken from a source GGUF
 FILE_KEYS = ("architecture", "type", "file_type", "quantization_version", "alignment", "quantized_by", "sampling.")
 SIGN_BYTES = np.dtype("<u4")  # one block of a DBF tensor
+writing = threading.Event()  # set once the unfinished file is this process's
 FILE_TYPE = 90  # LLAMA_FTYPE_MOSTLY_DBF of the patched llama.cpp, which prints it
 
 
@@ -319,6 +320,7 @@ def export(job: dict) -> dict:
             raise DBFError(
                 f"{job['out']} needs {n_bytes / 2**20:,.0f} MiB, the disk has only {job['free'] / 2**20:,.0f} MiB free"
             )
+        writing.set()
         try:
             writer.write_header_to_file(path=part)
             writer.write_kv_data_to_file()
@@ -332,8 +334,10 @@ def export(job: dict) -> dict:
     return {"bytes": part.stat().st_size, "linears": linears.count}
 
 
-def _end_with_parent(stdin) -> None:
+def _end_with_parent(stdin, part: Path) -> None:
     stdin.read()
+    if writing.is_set():
+        part.unlink(missing_ok=True)
     os._exit(1)
 
 
@@ -341,7 +345,7 @@ def main() -> None:
     answer = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever the converter prints goes to the log
     job = json.loads(sys.stdin.buffer.readline())
-    threading.Thread(target=_end_with_parent, args=(sys.stdin.buffer,), daemon=True).start()
+    threading.Thread(target=_end_with_parent, args=(sys.stdin.buffer, Path(job["part"])), daemon=True).start()
     try:
         result = export(job)
     except DBFError as error:
