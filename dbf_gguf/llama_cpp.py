@@ -7,8 +7,8 @@ How it works
 - Everything goes below `cache_dir()/llama.cpp/<key>`: `src/` (the patched tree) and `build/` or `build-cuda/`. The key
   names the pin and the bytes of the patch set, so another version of either never meets an old tree.
 - The hooks are applied by the few lines of Python below and not by `patch` or `git`, which a bare machine may lack.
-  They are strict on purpose: a hunk fits at its very line or not at all. The pin is exact, so there is nothing to guess,
-  and a hunk with one line of context that lands elsewhere would still compile.
+  They are strict on purpose: a hunk fits at its very line or not at all. The pin is exact, so there is nothing to
+  guess, and a hunk with one line of context that lands elsewhere would still compile.
 - Each file is either untouched or already patched; anything else is refused before the first byte is written. So
   applying twice is the same as applying once, and an interrupted application is finished by the next.
 """
@@ -276,6 +276,10 @@ def _check_git(tree: Path) -> None:
             raise DBFError(f"git {args[0]} fails in {tree}: {run.stderr.decode(errors='replace').strip()}")
         return run.stdout
 
+    if (tree / ".git").is_file():  # a submodule, or what is left of one in an unpacked sdist: a pointer to nowhere
+        pointer = (tree / ".git").read_text().partition("gitdir:")[2].strip()
+        if not (tree / pointer).exists():
+            return
     hooks = parse_hooks((data_dir("cuda_patches") / "hooks.patch").read_bytes())
     for name in git("diff", "HEAD", "--name-only", "-z", "--relative").decode(errors="surrogateescape").split("\0"):
         if not name or name in own_files():

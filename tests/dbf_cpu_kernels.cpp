@@ -1,0 +1,148 @@
+// The CPU kernels of the DBF product, compiled for one instruction set and compared with their scalar reference.
+// test-backend-ops sees only the instruction set that llama.cpp was built for; test_llama_cpp.py compiles this file with
+// dbf.cpp of the patched tree once for each. Prints the largest normalized mean squared error; exit status 1 on failure.
+
+#include "dbf.h"
+
+#include "ggml-cpu-impl.h"
+#include "ggml-dbf.h"
+#include "ggml.h"
+
+#include <pthread.h>
+
+#include <cmath>
+#include <cstdio>
+#include <cstring>
+#include <random>
+#include <thread>
+#include <vector>
+
+// what dbf.cpp takes from the rest of ggml-cpu
+static pthread_barrier_t barrier;
+
+extern "C" {
+float ggml_table_f32_f16[1 << 16];
+
+void ggml_barrier(ggml_threadpool *) {
+    pthread_barrier_wait(&barrier);
+}
+
+void ggml_cpu_fp16_to_fp32(const ggml_fp16_t * x, float * y, int64_t n) {
+    ggml_fp16_to_fp32_row(x, y, n);
+}
+}
+
+static std::mt19937 rng(1);
+
+static void fill(ggml_tensor * t) {
+    std::normal_distribution<float> normal;
+    std::vector<float> v(ggml_nelements(t));
+    for (float & f : v) {
+        f = normal(rng);
+    }
+    if (t->type == GGML_TYPE_F32) {
+        memcpy(t->data, v.data(), v.size()*sizeof(float));
+    } else {
+        ggml_quantize_chunk(t->type, v.data(), t->data, 0, t->ne[1], t->ne[0], nullptr);
+    }
+}
+
+static std::vector<float> compute(ggml_tensor * op, bool use_ref, int n_threads) {
+    // nothing may depend on what the buffers held before
+    const size_t wsize = ggml_cpu_dbf_work_size(op, n_threads);
+    std::vector<char> work(wsize, (char) 0xff);
+    memset(op->data, 0xff, ggml_nbytes(op));
+
+    pthread_barrier_init(&barrier, nullptr, n_threads);
+    std::vector<std::thread> threads;
+    for (int i = 0; i < n_threads; ++i) {
+        threads.emplace_back([&, i] {
+            ggml_compute_params params = { i, n_threads, wsize, work.data(), nullptr, use_ref };
+            ggml_compute_forward_dbf_mul_mat(&params, op);
+        });
+    }
+    for (auto & thread : threads) {
+        thread.join();
+    }
+    pthread_barrier_destroy(&barrier);
+
+    const float * y = (const float *) op->data;
+    return std::vector<float>(y, y + ggml_nelements(op));
+}
+
+static int n_fail = 0;
+
+static void check(bool ok, const char * what, int64_t n_in, int64_t k, int64_t n_out) {
+    if (!ok) {
+        printf("FAIL %s at n_in %lld k %lld n_out %lld\n", what, (long long) n_in, (long long) k, (long long) n_out);
+        n_fail++;
+    }
+}
+
+int main() {
+    for (int i = 0; i < 1 << 16; ++i) {
+        ggml_table_f32_f16[i] = ggml_fp16_to_fp32((ggml_fp16_t) i);
+    }
+
+    double worst = 0.0;
+    const int64_t shapes[][3] = { {32, 32, 1}, {64, 32, 3}, {96, 160, 5}, {544, 96, 333}, {1056, 480, 77}, {2048, 1056, 131}, {14336, 96, 65} };
+    for (const auto & shape : shapes) {
+        const int64_t n_in = shape[0], k = shape[1], n_out = shape[2];
+        for (ggml_type type_s : { GGML_TYPE_F16, GGML_TYPE_F32 }) {
+            for (int64_t n_vec : { 1, 2, 7, 40 }) {
+                ggml_init_params ip = { (size_t) 64 << 20, nullptr, false };
+                ggml_context * ctx = ggml_init(ip);
+                ggml_tensor * B  = ggml_new_tensor_2d(ctx, GGML_TYPE_DBF, n_in, k);
+                ggml_tensor * A  = ggml_new_tensor_2d(ctx, GGML_TYPE_DBF, k, n_out);
+                ggml_tensor * sb = ggml_new_tensor_1d(ctx, type_s, n_in);
+                ggml_tensor * sm = ggml_new_tensor_1d(ctx, type_s, k);
+                ggml_tensor * sa = ggml_new_tensor_1d(ctx, type_s, n_out);
+                ggml_tensor * x  = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, n_in, n_vec);
+                for (ggml_tensor * t : { B, A, sb, sm, sa, x }) {
+                    fill(t);
+                }
+                ggml_tensor * op = ggml_dbf_mul_mat(ctx, B, A, sb, sm, sa, x);
+
+                const auto want = compute(op, /*use_ref =*/ true, 1);
+                for (int n_threads : { 1, 3 }) {
+                    const auto got = compute(op, false, n_threads);
+                    double err = 0.0, sum = 0.0;
+                    for (size_t i = 0; i < want.size(); ++i) {
+                        err += (want[i] - got[i])*(want[i] - got[i]);
+                        sum += want[i]*want[i];
+                    }
+                    // 16 bits are off by 1e-8, 8 bits by 1e-4; the few outputs of the small shapes may cancel; NaN fails
+                    worst = std::fmax(worst, n_out < 9 ? 0.0 : err/sum);
+                    check(err/sum < (n_out < 9 ? 1e-5 : 1e-7), "accuracy", n_in, k, n_out);
+                }
+
+                // the last vector is special, those before it must not notice
+                float * last = (float *) x->data + (n_vec - 1)*n_in;
+                const std::vector<float> kept(last, last + n_in);
+                for (float special : { NAN, INFINITY, -INFINITY }) {
+                    last[n_in/2] = special;
+                    const auto got = compute(op, false, 2);
+                    for (size_t i = 0; i < got.size(); ++i) {
+                        check(std::isnan(got[i]) == ((int64_t) i >= (n_vec - 1)*n_out), "not finite", n_in, k, n_out);
+                    }
+                    last[n_in/2] = kept[n_in/2];
+                }
+                memset(last, 0, n_in*sizeof(float));
+                const auto zero = compute(op, false, 2);
+                for (int64_t i = 0; i < n_out; ++i) {
+                    check(zero[(n_vec - 1)*n_out + i] == 0.0f, "zero", n_in, k, n_out);
+                }
+                for (int64_t i = 0; i < n_in; ++i) {
+                    last[i] = 1e-42f*kept[i];
+                }
+                const auto tiny = compute(op, false, 2);
+                for (int64_t i = 0; i < n_out; ++i) {
+                    check(std::fabs(tiny[(n_vec - 1)*n_out + i]) < 1e-25f, "denormal", n_in, k, n_out);
+                }
+                ggml_free(ctx);
+            }
+        }
+    }
+    printf("nmse %.3g\n", worst);
+    return n_fail == 0 ? 0 : 1;
+}
