@@ -139,8 +139,11 @@ def check_work(file: GGUFFile, work: WorkFolder) -> list[str]:
 
 
 def _compare_linear(file: GGUFFile, base: str, work: WorkFolder, name: str) -> list[str]:
-    signs = dict(zip(SIGNS, work.packed_signs(name), strict=True))
-    scales = work.scales(name)
+    try:
+        signs = dict(zip(SIGNS, work.packed_signs(name), strict=True))
+        scales = work.scales(name)
+    except Exception as error:  # of Python or of the safetensors library: a missing or broken file
+        raise DBFError(f"{work.path}: linear {name} cannot be read: {str(error).splitlines()[0]}") from None
     stored = {part: scales["scale_" + part[-1]].numpy() for part in SCALES} | signs
     order = rotary_rows(file, base)
     found = []

@@ -24,6 +24,7 @@ from dbf_gguf import gguf_writer, llama_cpp
 from dbf_gguf.checkpoint import SCALES as SCALE_NAMES
 from dbf_gguf.checkpoint import WorkFolder
 from dbf_gguf.cli import cli
+from dbf_gguf.cli.inspect import summarize
 from dbf_gguf.errors import DBFError
 from dbf_gguf.factors import Factors, pack_signs
 from dbf_gguf.gguf_file import PARTS, TENSOR_TYPES, GGUFFile
@@ -583,6 +584,7 @@ def test_flipped_bytes_never_end_in_a_traceback(tmp_path):
             path.write_bytes(changed)
             try:
                 with GGUFFile(path) as file:
+                    summarize(file)
                     refused += bool(check_format(file))
             except DBFError:
                 refused += 1
@@ -639,6 +641,11 @@ def test_verify_compares_with_the_work_folder(built, tmp_path):
     tensors = made.work.read_tensors("final.safetensors")
     tensors["model.layers.0.mlp.gate_proj.scale_m"][3] *= 2
     tensors["model.norm.weight"][0] += 1
+    del tensors["model.layers.0.mlp.gate_proj.scale_a"]
+    other.write_tensors("final.safetensors", tensors)
+    status, output = run("verify", made.dbf, "--work", other.path)
+    assert status == 1 and "linear model.layers.0.mlp.gate_proj cannot be read" in output
+    tensors["model.layers.0.mlp.gate_proj.scale_a"] = made.factors["model.layers.0.mlp.gate_proj"].scale_a
     other.write_tensors("final.safetensors", tensors)
     status, output = run("verify", made.dbf, "--work", other.path)
     assert status == 1
