@@ -121,6 +121,8 @@ def write_gguf(
         check_types(embedding_type, output_type, n_embd, bool(config.get("tie_word_embeddings")))
     if not (llama_cpp / "conversion").is_dir():
         raise DBFError(f"{llama_cpp} is no llama.cpp tree of the pinned version: it has no folder conversion")
+    if out.is_dir():
+        raise DBFError(f"cannot write {out}: it is a folder")
     needs_library = {embedding_type, output_type} & set(LIBRARY_TYPES)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
