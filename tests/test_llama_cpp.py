@@ -7,6 +7,7 @@ The models are tiny, random and written byte by byte here. The reference for a D
 out to F32 in float64, run by the same program through upstream's own code.
 """
 
+import json
 import platform
 import re
 import shutil
@@ -441,11 +442,22 @@ def test_dbf_model_computes_what_the_dense_one_does(llama_bin, files, meta, mode
 
 
 def test_load_modes_and_batch_sizes_agree(llama_bin, files):
-    ppl, out = perplexity(llama_bin, files / "dbf.gguf", files)
-    assert re.search(r"file type\s+= DBF", out)
+    ppl, _ = perplexity(llama_bin, files / "dbf.gguf", files)
     assert perplexity(llama_bin, files / "dbf.gguf", files, "--no-mmap")[0] == ppl
     assert perplexity(llama_bin, files / "dbf.gguf", files, "-ub", 1)[0] == pytest.approx(ppl, rel=1e-3)
     assert perplexity(llama_bin, files / "dbf.gguf", files, "-t", 3)[0] == pytest.approx(ppl, rel=1e-6)
+
+
+def test_bench_names_the_type_and_the_size(llama_bin, files, model):
+    """The parameters are those of the weights, as for the dense model, and not the number of signs."""
+    tables = [
+        run(llama_bin / "llama-bench", "-m", files / f"{name}.gguf", "-p", 8, "-n", 4, "-t", 1, "-o", "json")
+        for name in ("dbf", "dense")
+    ]
+    dbf, dense = (json.loads(table.stdout)[0] for table in tables)
+    assert dbf["model_type"].endswith(" DBF")
+    assert dbf["model_n_params"] == dense["model_n_params"]
+    assert dbf["avg_ts"] > 0
 
 
 def test_lora_works_on_top(llama_bin, files, tmp_path):
@@ -559,7 +571,7 @@ MALFORMED = {
         f"{DOWN}.dbf_sa",
         "has type i32, expected f16 or f32",
     ),
-    "unknown type": (put(f"{DOWN}.dbf_sa", lambda t: replace(t, type=60)), f"{DOWN}.dbf_sa", "invalid ggml type 60"),
+    "unknown type": (put(f"{DOWN}.dbf_sa", lambda t: replace(t, type=60)), f"{DOWN}.dbf_sa", "of type 60"),
     "NaN": (put(f"{DOWN}.dbf_sa", poke(5, np.nan, "<f4")), f"{DOWN}.dbf_sa", "scale 5 is not finite"),
     "infinity": (put(f"{Q}.dbf_sb", poke(63, -np.inf, "<f2")), f"{Q}.dbf_sb", "scale 63 is not finite"),
     "weight beside": (
