@@ -443,7 +443,7 @@ def test_dbf_model_computes_what_the_dense_one_does(llama_bin, files, meta, mode
 
 def test_load_modes_and_batch_sizes_agree(llama_bin, files):
     ppl, _ = perplexity(llama_bin, files / "dbf.gguf", files)
-    assert perplexity(llama_bin, files / "dbf.gguf", files, "--no-mmap")[0] == ppl
+    assert perplexity(llama_bin, files / "dbf.gguf", files, "--load-mode", "none")[0] == ppl
     assert perplexity(llama_bin, files / "dbf.gguf", files, "-ub", 1)[0] == pytest.approx(ppl, rel=1e-3)
     assert perplexity(llama_bin, files / "dbf.gguf", files, "-t", 3)[0] == pytest.approx(ppl, rel=1e-6)
 
