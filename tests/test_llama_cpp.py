@@ -620,10 +620,3 @@ def test_every_program_refuses_a_truncated_file(program, llama_bin, files, tmp_p
     extra = {"llama-perplexity": ["-f", files / "text"], "llama-bench": ["-v"]}.get(program, ["-p", "x"])
     result = run(llama_bin / program, "-m", path, "-t", 1, *extra)
     check_refusal(result, f"blk.{N_LAYER - 1}.ffn_down.dbf_s", "not within the file bounds")
-
-
-def test_tensor_split_is_refused(llama_bin, files):
-    result = run(
-        llama_bin / "llama-perplexity", "-m", files / "dbf.gguf", "-f", files / "text", "-t", 1, "-sm", "tensor"
-    )
-    assert 0 < result.returncode < 128, result.stderr[-3000:]

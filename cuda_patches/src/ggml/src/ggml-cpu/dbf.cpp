@@ -136,25 +136,12 @@ void sum_rows(const uint8_t * w, size_t nb_w, const int8_t * q, int64_t n, int32
         }
     }
 
-    for (int64_t i = 0; i < n; i += 64) {
-        if (i % 512 == 0) { // 64 bytes of signs
-            for (int r = 0; r < R; ++r) {
-                prefetch(w + r*nb_w + i/8 + PREFETCH);
-            }
-        }
-
+    // no branch on the way: with one, gcc moves every accumulator twice in each step
+    const auto step = [&](int64_t i, const auto & load_mask) {
         __m512i bytes[R];
         for (int r = 0; r < R; ++r) {
-            const uint8_t * p = w + r*nb_w + i/8;
-            uint64_t signs;
-            if (n - i >= 64) {
-                memcpy(&signs, p, sizeof(signs));
-            } else {
-                signs = load_signs(p); // the last 32 of a row
-            }
-            bytes[r] = _mm512_maskz_mov_epi8(signs, one);
+            bytes[r] = _mm512_maskz_mov_epi8(load_mask(w + r*nb_w + i/8), one);
         }
-
         for (int t = 0; t < T; ++t) {
             const __m512i hi = _mm512_loadu_si512(q + (2*t + 0)*n_pad + i);
             const __m512i lo = _mm512_loadu_si512(q + (2*t + 1)*n_pad + i);
@@ -163,6 +150,24 @@ void sum_rows(const uint8_t * w, size_t nb_w, const int8_t * q, int64_t n, int32
                 acc[r][t][1] = dot_add(acc[r][t][1], bytes[r], lo);
             }
         }
+    };
+
+    const int64_t n_full = n/64*64;
+    for (int64_t i0 = 0; i0 < n_full; i0 += 512) { // 64 bytes of signs
+        for (int r = 0; r < R; ++r) {
+            prefetch(w + r*nb_w + i0/8 + PREFETCH);
+        }
+        const int64_t i1 = std::min(n_full, i0 + 512);
+        for (int64_t i = i0; i < i1; i += 64) {
+            step(i, [](const uint8_t * p) {
+                uint64_t signs;
+                memcpy(&signs, p, sizeof(signs));
+                return (__mmask64) signs;
+            });
+        }
+    }
+    if (n_full < n) { // the last 32
+        step(n_full, [](const uint8_t * p) { return (__mmask64) load_signs(p); });
     }
 
     for (int r = 0; r < R; ++r) {
