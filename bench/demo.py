@@ -1,0 +1,110 @@
+"""The whole way on a small real model: compress, run, measure. `make demo` calls it after `dbf-gguf build`.
+
+    python bench/demo.py
+
+Compresses SmolLM2-135M to 2 bits a weight, lets the patched llama.cpp write with it, and compares its perplexity with
+the F16 model's on text that the compression has not seen. Shows every command it runs; all files go into demo/. Ends
+with status 1 when a step fails or when the compressed model's perplexity is more than twice the F16 one's.
+"""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from dbf_gguf.errors import DBFError
+from dbf_gguf.llama_cpp import tool
+
+MODEL = "smollm2-135m"
+BITS = "2.0"
+BOUND = 2.0  # perplexity, compressed against F16
+CHUNKS = 40  # windows of 512 tokens; each counts its second half
+TOKENS = 64
+PROMPT = "The Alps are a mountain range in"
+
+FOLDER = Path("demo")
+DBF = FOLDER / f"{MODEL}-dbf-{BITS}.gguf"
+F16 = FOLDER / f"{MODEL}-f16.gguf"
+TEXT = FOLDER / "wiki-evaluation.txt"
+
+
+class StepFailed(Exception):
+    """A command of the demo ended with an error; its output says why."""
+
+
+def heading(text: str) -> None:
+    print(f"\n=== {text}", flush=True)
+
+
+def run(command: list, *, log: Path | None = None, capture: bool = False) -> str:
+    """Shows and runs a command. With `log`, stderr goes there; with `capture`, stdout and stderr go there and are
+    returned. Raises StepFailed."""
+    print(f"$ {shlex.join(map(str, command))}", flush=True)
+    with open(log or os.devnull, "w+") as f:
+        stdout, stderr = (f, f) if capture else (None, f if log else None)
+        status = subprocess.run(list(map(str, command)), stdin=subprocess.DEVNULL, stdout=stdout, stderr=stderr).returncode
+        f.seek(0)
+        text = f.read() if log else ""
+    if status != 0:
+        print("\n".join(text.splitlines()[-20:]), file=sys.stderr)
+        raise StepFailed(f"{Path(command[0]).name} ended with status {status}")
+    return text
+
+
+def dbf_gguf(*args) -> None:
+    run([os.path.relpath(Path(sys.executable).with_name("dbf-gguf")), *args])
+
+
+def perplexity(model: Path) -> float:
+    log = model.with_suffix(".perplexity.log")
+    command = [tool("llama-perplexity"), "-m", model, "-f", TEXT, "-c", "512", "--chunks", str(CHUNKS)]
+    output = run(command, log=log, capture=True)
+    found = re.search(r"Final estimate: PPL = ([0-9.]+)(?: \+/- ([0-9.]+))?", output)
+    if not found:
+        raise StepFailed(f"llama-perplexity gave no estimate; see {log}")
+    print(found[0], flush=True)
+    return float(found[1])
+
+
+def demo() -> bool:
+    FOLDER.mkdir(exist_ok=True)
+    heading("The patched llama.cpp")
+    run([tool("llama-cli"), "--version"])
+
+    heading(f"Compress {MODEL} to {BITS} bits a weight")
+    dbf_gguf("convert", MODEL, "--bits", BITS, "--tune", "scales", "--work", FOLDER / "work", "-o", DBF)
+
+    heading("The same model uncompressed, and text that the compression has not seen")
+    dbf_gguf("reference", MODEL, "-o", F16)
+    dbf_gguf("text", "wiki", "--split", "evaluation", "-o", TEXT)
+
+    heading(f"The compressed model writes {TOKENS} tokens")
+    command = [tool("llama-completion"), "-m", DBF, "-no-cnv", "-p", PROMPT, "-n", TOKENS, "--ignore-eos"]
+    run([*command, "--temp", "0", "--repeat-penalty", "1.2"], log=FOLDER / "completion.log")
+    print(flush=True)
+
+    heading(f"Perplexity, {CHUNKS} windows of 512 tokens")
+    f16, dbf = perplexity(F16), perplexity(DBF)
+    print(f"\nsize:        F16 {F16.stat().st_size / 2**20:.1f} MiB, DBF {DBF.stat().st_size / 2**20:.1f} MiB")
+    print(f"perplexity:  F16 {f16:.2f}, DBF {dbf:.2f}, ratio {dbf / f16:.2f} (bound {BOUND})", flush=True)
+    return dbf <= BOUND * f16
+
+
+def main() -> int:
+    begin = time.monotonic()
+    try:
+        good = demo()
+    except (DBFError, StepFailed) as error:
+        print(f"demo: {error}", file=sys.stderr)
+        return 1
+    print(f"demo ended after {(time.monotonic() - begin) / 60:.0f} minutes", flush=True)
+    if not good:
+        print(f"demo: the compressed model's perplexity is above {BOUND} times the F16 model's", file=sys.stderr)
+    return 0 if good else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
