@@ -20,6 +20,7 @@ import os
 import re
 import shutil
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -207,15 +208,20 @@ def _unreachable(name: str) -> DBFError:
 
 def check_gguf(file: GGUFFile, what: str) -> None:
     """Raises DBFError when an opened GGUF file is no whole, supported, uncompressed model."""
-    parts = file.get("split.count", 0)
-    if parts > 1:
+
+    def count(key: str) -> int:
+        value = file.get(key, 0)
+        return value if isinstance(value, int) else 0
+
+    if count("split.count") > 1:
         raise DBFError(
-            f"{what} is part {file.get('split.no', 0) + 1} of {parts}: join them with `llama-gguf-split --merge` first"
+            f"{what} is part {count('split.no') + 1} of {count('split.count')}: join them with "
+            "`llama-gguf-split --merge` first"
         )
     if "dbf.version" in file.metadata or any(t.type == DBF_TYPE for t in file.tensors.values()):
         raise DBFError(f"{what} is already compressed by dbf-gguf: start from the original model")
     kind = file.get("general.architecture")
-    if file.get(f"{kind}.expert_count", 0) > 1 or str(kind).endswith("moe"):
+    if count(f"{kind}.expert_count") > 1 or str(kind).endswith("moe"):
         raise DBFError(f"{what} is a mixture of experts ({kind}), which is not supported: choose a dense model")
     if kind not in SUPPORTED:
         raise DBFError(f"{what}: architecture {kind} is not supported (supported: {', '.join(SUPPORTED)})")
@@ -224,10 +230,10 @@ def check_gguf(file: GGUFFile, what: str) -> None:
         raise DBFError(f"{what} scales its rotary frequencies ({scaling}), which is read from a folder or hub id only")
     if not file.tensors or "tokenizer.ggml.tokens" not in file.metadata:
         raise DBFError(f"{what} has no {'tokenizer' if file.tensors else 'weights'}: give the whole model")
-    vocabulary, pre = file.get("tokenizer.ggml.model"), file.get("tokenizer.ggml.pre", "gpt-2")
+    vocabulary, pre = file.get("tokenizer.ggml.model"), file.get("tokenizer.ggml.pre")
     if vocabulary not in ("gpt2", "llama"):
         raise DBFError(f"{what}: tokenizer {vocabulary} cannot be read from a GGUF: give the model's folder or hub id")
-    if vocabulary == "gpt2" and pre not in PRE_TOKENIZERS:
+    if vocabulary == "gpt2" and pre not in PRE_TOKENIZERS:  # None: an old file, which llama.cpp splits wrongly as well
         raise DBFError(f"{what}: pre-tokenizer {pre} cannot be read from a GGUF: give the model's folder or hub id")
 
 
@@ -241,7 +247,7 @@ def dense_folder(gguf: Path) -> Path:
         check_gguf(file, what)
         n_weights = sum(t.n_elements for name, t in file.tensors.items() if name != "rope_freqs.weight")
         rope = _llama3_rope(file, what)
-        pre = file.get("tokenizer.ggml.pre", "gpt-2") if file.get("tokenizer.ggml.model") == "gpt2" else None
+        split = _splitter(file)
     root = cache_dir() / "dense"
     root.mkdir(parents=True, exist_ok=True)
     folder = root / f"{sha256_of(gguf)[:16]}-v{DENSE_VERSION}"
@@ -256,7 +262,7 @@ def dense_folder(gguf: Path) -> Path:
     part = root / f".{folder.name}.{os.getpid()}.part"
     try:
         part.mkdir()
-        _convert(gguf, part, n_weights, rope, pre)
+        _convert(gguf, part, n_weights, rope, split)
         check_folder(part, what)
         with contextlib.suppress(OSError):  # another process was faster
             os.replace(part, folder)
@@ -279,21 +285,24 @@ def _remove_abandoned(root: Path) -> None:
             continue  # alive, another user's
 
 
-def _convert(gguf: Path, folder: Path, n_weights: int, rope: dict | None, pre: str | None) -> None:
+def _convert(gguf: Path, folder: Path, n_weights: int, rope: dict | None, split: Callable) -> None:
     """Writes config, float16 weights and tokenizer of a GGUF file into `folder`, as transformers reads them."""
     import torch
     import transformers
 
-    options = {"gguf_file": gguf.name, "dtype": torch.float16}
+    link = folder / "source.gguf"  # alone in a folder: beside the file may lie another model's config and tokenizer
+    link.symlink_to(gguf.absolute())
+    options = {"gguf_file": link.name, "dtype": torch.float16}
     if hasattr(transformers, "GgufConfig"):  # transformers that keep the weights packed unless told otherwise
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     try:
         with _quiet(transformers):
-            model = transformers.AutoModelForCausalLM.from_pretrained(gguf.parent, **options)
-            tokenizer = transformers.AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+            model = transformers.AutoModelForCausalLM.from_pretrained(folder, **options)
+            tokenizer = transformers.AutoTokenizer.from_pretrained(folder, gguf_file=link.name)
     except Exception as error:
         reason = (str(error).strip().splitlines() or [""])[0]
         raise DBFError(f"transformers cannot read {gguf.name}: {type(error).__name__}: {reason}") from None
+    link.unlink()
 
     found = sum(parameter.numel() for parameter in model.parameters())
     if found != n_weights:
@@ -304,8 +313,7 @@ def _convert(gguf: Path, folder: Path, n_weights: int, rope: dict | None, pre: s
     for name, parameter in model.named_parameters():
         if not torch.isfinite(parameter).all():
             raise DBFError(f"{gguf.name}: {name} is not finite in float16")
-    if pre is not None:
-        _set_pre_tokenizer(tokenizer.backend_tokenizer, pre)
+    split(tokenizer.backend_tokenizer)
     try:
         with _quiet(transformers):
             model.save_pretrained(folder)
@@ -329,17 +337,28 @@ def _quiet(transformers):
         transformers.logging.set_verbosity(before)
 
 
-def _set_pre_tokenizer(backend, pre: str) -> None:
-    from tokenizers import Regex, pre_tokenizers
+def _splitter(file: GGUFFile) -> Callable:
+    """What makes a `tokenizers.Tokenizer` with this file's vocabulary split text as llama.cpp does."""
+    from tokenizers import Regex, normalizers, pre_tokenizers
 
-    patterns, ignore_merges = PRE_TOKENIZERS[pre]
-    splits = [pre_tokenizers.Split(Regex(pattern), behavior="isolated") for pattern in patterns]
-    backend.pre_tokenizer = pre_tokenizers.Sequence(
-        [*splits, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
-    )
-    model = backend.model
-    model.ignore_merges = ignore_merges
-    backend.model = model
+    prefix, pre = file.get("tokenizer.ggml.add_space_prefix", True), file.get("tokenizer.ggml.pre")
+
+    def sentencepiece(backend) -> None:
+        # a space in front even where the text begins with one, which Metaspace would not add
+        first = [normalizers.Prepend("\u2581")] if prefix else []
+        backend.normalizer = normalizers.Sequence([*first, normalizers.Replace(" ", "\u2581")])
+        backend.pre_tokenizer = None
+
+    def byte_level(backend) -> None:
+        patterns, ignore_merges = PRE_TOKENIZERS[pre]
+        splits = [pre_tokenizers.Split(Regex(pattern), behavior="isolated") for pattern in patterns]
+        last = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        backend.pre_tokenizer = pre_tokenizers.Sequence([*splits, last])
+        model = backend.model
+        model.ignore_merges = ignore_merges
+        backend.model = model
+
+    return sentencepiece if file.get("tokenizer.ggml.model") == "llama" else byte_level
 
 
 def _clean_config(path: Path, rope: dict | None) -> None:
