@@ -79,11 +79,11 @@ def resolve(model: str) -> ModelSource:
         return ModelSource(recipe.name, dense_folder(gguf), gguf, recipe, recipe.name)
 
     path = Path(model).expanduser()
-    if path.is_dir():
+    if model and path.is_dir():
         path = path.resolve()
         check_folder(path, str(model))
         return ModelSource(path.name, path, None, None, path.name)
-    if path.exists():
+    if model and path.exists():
         if path.suffix != ".gguf":
             raise DBFError(f"{model} is a file but no .gguf: give the model's folder, a .gguf file or a hub id")
         return ModelSource(path.stem, dense_folder(path), path.absolute(), None, path.name)
