@@ -44,8 +44,8 @@ def run(command: list, *, log: Path | None = None, capture: bool = False) -> str
     returned. Raises StepFailed."""
     print(f"$ {shlex.join(map(str, command))}", flush=True)
     with open(log or os.devnull, "w+") as f:
-        stdout, stderr = (f, f) if capture else (None, f if log else None)
-        status = subprocess.run(list(map(str, command)), stdin=subprocess.DEVNULL, stdout=stdout, stderr=stderr).returncode
+        to = {"stdout": f if capture else None, "stderr": f if log else None}
+        status = subprocess.run(list(map(str, command)), stdin=subprocess.DEVNULL, **to).returncode
         f.seek(0)
         text = f.read() if log else ""
     if status != 0:

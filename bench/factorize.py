@@ -5,8 +5,8 @@
 
 `reference` below is the algorithm as the paper's authors run it: 260 outer iterations of 3 inner ADMM steps in float32,
 explicit inverses, 5 power iterations from a vector of ones in every projection. It is written for reading, and is also
-what tests/test_factorize.py compares with. `dbf_gguf.factorize` runs with its defaults. Both get the same matrix and the
-same k in one process, and take turns in going first.
+what tests/test_factorize.py compares with. `dbf_gguf.factorize` runs with its defaults. Both get the same matrix and
+the same k in one process, and take turns in going first.
 
 The error is the relative squared error ‖W − Ŵ‖² / ‖W‖², without importance. Ours is that of the stored form: signs and
 float16 scales. Ends with status 1 when ours is anywhere less than 3 times as fast or has the higher error.
@@ -50,7 +50,9 @@ def svid(z: torch.Tensor, power_iterations: int = 5) -> torch.Tensor:
     return torch.sign(z) * torch.outer(u * size, v)
 
 
-def half_step(fixed: torch.Tensor, free: torch.Tensor, dual: torch.Tensor, target: torch.Tensor, rho: float, inner: int):
+def half_step(
+    fixed: torch.Tensor, free: torch.Tensor, dual: torch.Tensor, target: torch.Tensor, rho: float, inner: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """`inner` ADMM steps on one factor. fixed [d, k], free and dual [k, n], target [d, n]; fixed @ free ≈ target.
 
     Returns (fixed with columns of length 1, free, dual): the free factor absorbs the lengths.

@@ -255,7 +255,7 @@ from dbf_gguf.factors import Factors
 signs = torch.ones(256, 256, dtype=torch.int8)
 work = WorkFolder.create(Path(sys.argv[1]))
 for i in range(100000):
-    work.write_linear(f"linear{i}", Factors(signs, signs, *(torch.full((256,), float(i)) for _ in range(3))), {"k": 256})
+    work.write_linear(f"linear{i}", Factors(signs, signs, *(torch.full([256], 1.0 * i) for _ in "amb")), {})
     print(i, flush=True)
 """
 

@@ -1,0 +1,291 @@
+"""The factorization against the plain reference of bench/factorize.py, and what it must bear.
+
+Run alone: pytest tests/test_factorize.py     (under a minute, nothing is downloaded)
+The comparison on real matrices, with times: python bench/factorize.py
+"""
+
+import functools
+import importlib.util
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from dbf_gguf.factorize import _refit, factorize
+from dbf_gguf.factors import Factors
+
+_SPEC = importlib.util.spec_from_file_location(
+    "bench_factorize", Path(__file__).parent.parent / "bench" / "factorize.py"
+)
+bench = importlib.util.module_from_spec(_SPEC)
+_SPEC.loader.exec_module(bench)
+
+SCALES = ("scale_a", "scale_m", "scale_b")
+QUICK = 60  # outer iterations where the quality itself is not asked for
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """These matrices are tiny; threads would mostly wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def weight(n_out: int, n_in: int, seed: int = 0) -> torch.Tensor:
+    """A matrix with what real ones have: a decaying spectrum, noise, and rows and columns of uneven size."""
+    g = torch.Generator().manual_seed(seed)
+    rank = min(n_out, n_in) // 2
+    u, v = torch.randn(n_out, rank, generator=g), torch.randn(rank, n_in, generator=g)
+    w = u @ (torch.arange(1, rank + 1).float().pow(-0.7)[:, None] * v) + 2.5 * torch.randn(n_out, n_in, generator=g)
+    rows, columns = (torch.randn(n, generator=g).mul(0.3).exp() for n in (n_out, n_in))
+    return 0.02 * rows[:, None] * w * columns
+
+
+def error(w: torch.Tensor, f: Factors, o: torch.Tensor | None = None, i: torch.Tensor | None = None) -> float:
+    """Relative squared error in float64, under the importances o [n_out] and i [n_in]."""
+    left = torch.ones(w.shape[0]) if o is None else o
+    right = torch.ones(w.shape[1]) if i is None else i
+    importance = left.double()[:, None] * right.double()
+    difference = (w.double() - f.dense(torch.float64)) * importance
+    return (difference.square().sum() / (w.double() * importance).square().sum()).item()
+
+
+def one(w: torch.Tensor, k: int, *, importance_in=None, importance_out=None, **options) -> tuple[Factors, float]:
+    """`factorize` of a single matrix."""
+    batch = {"importance_in": importance_in, "importance_out": importance_out}
+    batch = {name: None if t is None else t[None] for name, t in batch.items()}
+    (factors,), errors = factorize(w[None], k, **batch, **options)
+    return factors, errors[0].item()
+
+
+def assert_sound(f: Factors, n_out: int, k: int, n_in: int) -> None:
+    """Signs are ±1, shapes are right, and the scales survive float16."""
+    assert (f.n_out, f.k, f.n_in) == (n_out, k, n_in)
+    for signs in (f.signs_a, f.signs_b):
+        assert signs.dtype == torch.int8 and signs.abs().eq(1).all()
+    for name in SCALES:
+        scale = getattr(f, name)
+        assert scale.dtype == torch.float32
+        assert torch.isfinite(scale.half()).all(), name
+
+
+# --- quality
+
+
+SEEDS = range(3)  # of the start: results of single runs differ by about a percent
+
+
+@functools.cache
+def plain_error(n_out: int, n_in: int, k: int) -> float:
+    """The mean error of the reference."""
+    w = weight(n_out, n_in)
+    return sum(bench.relative_error(w, bench.reference(w, k, seed=seed)) for seed in SEEDS) / len(SEEDS)
+
+
+@pytest.mark.parametrize("n_out, n_in, k", [(160, 96, 64), (96, 192, 96), (128, 128, 160)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_no_worse_than_the_plain_reference(n_out, n_in, k, dtype):
+    w = weight(n_out, n_in)
+    errors = []
+    for seed in SEEDS:
+        factors, _ = one(w, k, dtype=dtype, seed=seed)
+        assert_sound(factors, n_out, k, n_in)
+        errors.append(error(w, factors))
+    assert sum(errors) / len(SEEDS) <= 1.01 * plain_error(n_out, n_in, k)
+
+
+def test_bfloat16_products_cost_nothing():
+    """Mean over matrices, as single runs differ by about a percent through their signs alone."""
+    errors = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        _, found = factorize(torch.stack([weight(128, 192, seed) for seed in range(4)]), 96, dtype=dtype)
+        errors[dtype] = found.mean().item()
+    assert errors[torch.bfloat16] == pytest.approx(errors[torch.float32], rel=0.02)
+
+
+def test_more_channels_less_error_also_above_the_rank():
+    """k may exceed min(n_out, n_in), and still buys something."""
+    w = weight(64, 96)
+    errors = [one(w, k, iterations=QUICK)[1] for k in (32, 64, 96, 128, 192)]
+    assert all(more < 0.9 * less for less, more in zip(errors, errors[1:], strict=False))
+
+
+def test_float16_scales_are_enough():
+    w = weight(128, 96)
+    factors, _ = one(w, 96, iterations=QUICK)
+    full = error(w, factors)
+    for name in SCALES:
+        setattr(factors, name, getattr(factors, name).half())
+    assert error(w, factors) == pytest.approx(full, rel=2e-3)
+
+
+def test_reported_error_is_that_of_the_factors():
+    w = weight(96, 64)
+    g = torch.Generator().manual_seed(1)
+    o, i = (torch.rand(n, generator=g) + 0.2 for n in (96, 64))
+    factors, reported = one(w, 64, importance_out=o, importance_in=i, iterations=QUICK)
+    assert reported == pytest.approx(error(w, factors, o, i), rel=1e-3)
+
+
+def test_refit_never_worsens():
+    """For given signs and whatever a, m and b, the refitted three are at least as good, m's own optimum included."""
+    for seed in range(5):
+        g = torch.Generator().manual_seed(seed)
+        w = weight(64, 96, seed)
+        signs_a, signs_b = (torch.randn(shape, generator=g).sign() for shape in ((64, 48), (48, 96)))
+        a, b = (torch.rand(n, generator=g) + 0.1 for n in (64, 96))
+        outer = torch.einsum("ik,kj->ijk", a[:, None] * signs_a, signs_b * b).reshape(-1, 48).double()
+        best_m = torch.linalg.lstsq(outer, w.double().reshape(-1, 1)).solution[:, 0]
+        before = ((outer @ best_m - w.double().reshape(-1)).square().sum() / w.double().square().sum()).item()
+        factors = Factors(signs_a.to(torch.int8), signs_b.to(torch.int8), *_refit(w, signs_a, signs_b, a, b))
+        assert error(w, factors) <= before * (1 + 1e-4)
+
+
+# --- the same again
+
+
+def test_same_seed_same_bits():
+    w = weight(96, 128)
+    results = [one(w, 64, iterations=QUICK, seed=seed)[0] for seed in (7, 7, 8)]
+    for name in ("signs_a", "signs_b", *SCALES):
+        assert torch.equal(getattr(results[0], name), getattr(results[1], name)), name
+    assert not torch.equal(results[0].signs_a, results[2].signs_a)
+
+
+def test_does_not_touch_its_inputs_nor_the_random_state():
+    w, i = weight(64, 64), torch.rand(64)
+    kept, kept_i, state = w.clone(), i.clone(), torch.get_rng_state()
+    one(w, 32, importance_in=i, iterations=5)
+    assert torch.equal(w, kept) and torch.equal(i, kept_i) and torch.equal(torch.get_rng_state(), state)
+
+
+def test_batch_equals_single():
+    """Each is factorized as if alone. After a few iterations the results are the same up to rounding; after many the
+    rounding has tipped signs here and there, and only the errors are comparable."""
+    ws = torch.stack([weight(96, 64, seed) * 10.0**seed for seed in range(5)])
+    together, errors = factorize(ws, 64, iterations=3, dtype=torch.float32)
+    for j, w in enumerate(ws):
+        factors, alone = one(w, 64, iterations=3, dtype=torch.float32)
+        assert errors[j].item() == pytest.approx(alone, rel=1e-2)
+        assert error(factors.dense(), together[j]) < 1e-2
+    together, errors = factorize(ws, 64)
+    alone = torch.tensor([one(w, 64)[1] for w in ws])
+    assert torch.allclose(errors, torch.tensor([error(w, f) for w, f in zip(ws, together, strict=True)]), rtol=1e-3)
+    assert torch.allclose(errors, alone, rtol=0.06)
+    assert errors.mean().item() == pytest.approx(alone.mean().item(), rel=0.02)
+
+
+def test_float16_and_bfloat16_weights_are_taken():
+    w = weight(64, 64)
+    for dtype in (torch.float16, torch.bfloat16, torch.float64):
+        factors, reported = one(w.to(dtype), 64, iterations=QUICK)
+        assert_sound(factors, 64, 64, 64)
+        assert reported < 0.3
+
+
+# --- importance
+
+
+@pytest.mark.parametrize("side", ["in", "out"])
+def test_error_falls_where_importance_is_high(side):
+    w = weight(96, 128)
+    n = w.shape[0 if side == "out" else 1]
+    high = torch.arange(n) % 4 == 0
+    importance = torch.where(high, 4.0, 0.5)
+    plain, _ = one(w, 64)
+    weighted, _ = one(w, 64, **{f"importance_{side}": importance})
+
+    def error_there(f: Factors) -> float:
+        return error(w[high], rows(f, high)) if side == "out" else error(w[:, high], columns(f, high))
+
+    assert error_there(weighted) < 0.7 * error_there(plain)
+    under = {"o" if side == "out" else "i": importance}
+    assert error(w, weighted, **under) < 0.9 * error(w, plain, **under)
+
+
+def rows(f: Factors, mask: torch.Tensor) -> Factors:
+    return Factors(f.signs_a[mask], f.signs_b, f.scale_a[mask], f.scale_m, f.scale_b)
+
+
+def columns(f: Factors, mask: torch.Tensor) -> Factors:
+    return Factors(f.signs_a, f.signs_b[:, mask], f.scale_a, f.scale_m, f.scale_b[mask])
+
+
+def test_importance_has_no_unit():
+    """Only its ratios count: gradients are tiny numbers."""
+    w = weight(64, 96)
+    o, i = torch.rand(64) + 0.1, torch.rand(96) + 0.1
+    _, expected = one(w, 64, importance_out=o, importance_in=i, iterations=QUICK)
+    factors, found = one(w, 64, importance_out=o * 1e-12, importance_in=i * 1e6, iterations=QUICK)
+    assert_sound(factors, 64, 64, 96)
+    assert found == pytest.approx(expected, rel=0.05)
+
+
+@pytest.mark.parametrize("value", [0.0, 1e-30, -1.0, math.inf, math.nan])
+@pytest.mark.parametrize("some", [True, False], ids=["some", "all"])
+def test_dead_and_broken_importances(value, some):
+    """Channels that the calibration text never woke, or a gradient that overflowed, must not spoil the rest."""
+    w = weight(96, 128)
+    o, i = torch.ones(96), torch.ones(128)
+    o[::5 if some else 1] = value
+    i[::7 if some else 1] = value
+    factors, reported = one(w, 96, importance_out=o, importance_in=i, iterations=QUICK)
+    assert_sound(factors, 96, 96, 128)
+    assert math.isfinite(reported)
+    alive = torch.ones(96).bool(), torch.ones(128).bool()
+    if some:
+        alive[0][::5] = alive[1][::7] = False
+    assert error(w[alive[0]][:, alive[1]], columns(rows(factors, alive[0]), alive[1])) < 0.3
+
+
+# --- weights that are hard to bear
+
+
+def test_zero_rows_and_columns():
+    w = weight(96, 128)
+    w[5], w[40], w[:, 7], w[:, 64] = 0, 0, 0, 0
+    factors, reported = one(w, 64, iterations=QUICK)
+    assert_sound(factors, 96, 64, 128)
+    assert reported < 0.4
+    dense = factors.dense()
+    typical = dense.square().mean().sqrt()
+    for zero in (dense[5], dense[40], dense[:, 7], dense[:, 64]):
+        assert zero.square().mean().sqrt() < 0.05 * typical
+
+
+def test_all_zero_matrix():
+    factors, reported = one(torch.zeros(64, 96), 32, iterations=5)
+    assert_sound(factors, 64, 32, 96)
+    assert math.isfinite(reported)
+    assert factors.dense().abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("size", [1e-6, 1e-3, 1.0, 1e3, 1e6])
+def test_any_size_of_weights_fits_float16(size):
+    w = weight(64, 96) / weight(64, 96).square().mean().sqrt() * size
+    factors, _ = one(w, 64, iterations=QUICK)
+    assert_sound(factors, 64, 64, 96)
+    for name in SCALES:
+        setattr(factors, name, getattr(factors, name).half())
+    assert error(w, factors) < 0.3
+    rms = [getattr(factors, name).double().square().mean().sqrt().item() for name in SCALES]
+    assert max(rms) < 1.01 * min(rms)  # the gauge: all three alike
+
+
+@pytest.mark.parametrize("n_out, n_in, k", [(1, 32, 32), (7, 32, 32), (300, 32, 96), (32, 320, 32)])
+def test_odd_shapes(n_out, n_in, k):
+    w = weight(max(n_out, 2), n_in)[:n_out]
+    factors, reported = one(w, k, iterations=20)
+    assert_sound(factors, n_out, k, n_in)
+    assert reported < 1
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_weights_that_are_not_finite_are_refused(value):
+    w = weight(32, 32)
+    w[3, 4] = value
+    with pytest.raises(ValueError, match="not finite"):
+        one(w, 32)
