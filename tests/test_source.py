@@ -366,9 +366,9 @@ def hub():
 
         def do_GET(self):
             parts = self.path.partition("?")[0].strip("/").split("/")
-            if parts[:2] == ["api", "models"]:
+            if parts[0] == "api":
                 name = "/".join(parts[2:4])
-                if name not in models:
+                if parts[1] != "models" or name not in models:
                     return self.answer(401, X_Error_Code="RepoNotFound")
                 siblings = [{"rfilename": file} for file in models[name]]
                 info = {"id": name, "modelId": name, "sha": commit, "siblings": siblings, "private": False, "tags": []}
@@ -399,7 +399,7 @@ def hub():
 
 
 def test_hub(hub, tmp_path):
-    names = ("o/sound", "o/gated", "o/missing", "o/pickled", "o/moe", "o/gemma", "o/adapter")
+    names = ("o/sound", "o/gated", "o/missing", "o/pickled", "o/moe", "o/gemma", "o/adapter", "text:o/missing")
     lines = dict(zip(names, ask_hub(tmp_path, hub.endpoint, *names), strict=True))
     assert lines["o/sound"] == "OK sound o/sound config.json model.safetensors tokenizer.json"
     assert lines["o/gated"] == (
@@ -410,6 +410,7 @@ def test_hub(hub, tmp_path):
     assert lines["o/moe"].startswith("o/moe is a mixture of experts")
     assert lines["o/gemma"].startswith("o/gemma: architecture gemma3_text is not supported")
     assert lines["o/adapter"].startswith("hub model o/adapter has no config.json")
+    assert lines["text:o/missing"].startswith("hub dataset o/missing does not exist, or is private: check the name")
     assert not [file for file in hub.fetched if file.endswith((".bin", "README.md")) or "consolidated" in file]
     assert "o/moe/model.safetensors" not in hub.fetched, "weights fetched before the config was judged"
 
@@ -422,13 +423,12 @@ def test_hub_unreachable(tmp_path):
         unused.bind(("127.0.0.1", 0))
         endpoint = f"http://127.0.0.1:{unused.getsockname()[1]}"
     model, text = ask_hub(tmp_path, endpoint, "o/any", "text:o/any")
-    unreachable = "hub model o/any is not in the cache and the hub cannot be reached: "
+    unreachable = "the hub cannot be reached for model o/any: "
     assert model == unreachable + "check the network, or name a local folder"
-    assert text.startswith("hub dataset o/any cannot be read (")
-    assert text.endswith("check the name and the network, or give a text file or `wiki`")
+    assert text == unreachable.replace("model", "dataset") + "check the network, or give a text file or `wiki`"
     model, text = ask_hub(tmp_path, endpoint, "o/any", "text:o/any", HF_HUB_OFFLINE="1")
     assert model == unreachable + "unset HF_HUB_OFFLINE, or name a local folder"
-    assert text.startswith("hub dataset o/any cannot be read (")
+    assert text == unreachable.replace("model", "dataset") + "unset HF_HUB_OFFLINE, or give a text file or `wiki`"
 
 
 # --- GGUF
@@ -722,6 +722,7 @@ def test_hub_dataset(monkeypatch):
             raise RuntimeError("Dataset scripts are no longer supported, but found x.py")
         return {"train": datasets.Dataset.from_list(rows).to_iterable_dataset(num_shards=4)}
 
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", lambda *_: None)
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     text = calibration.read_text("o/data:en", 110_000)
     assert asked == [("o/data", "en", True, None), ("o/data", "en", True, "refs/convert/parquet")]
@@ -733,6 +734,7 @@ def test_hub_dataset(monkeypatch):
 
 
 def test_hub_dataset_errors(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", lambda *_: None)
     for rows, message in (
         ([], "hub dataset o/data is empty"),
         ([{"text": ""}], "hub dataset o/data is empty"),
