@@ -250,6 +250,8 @@ def dense_folder(gguf: Path) -> Path:
         n_weights = sum(t.n_elements for name, t in file.tensors.items() if name != "rope_freqs.weight")
         rope = _llama3_rope(file, what)
         split = _splitter(file)
+        kind = file.get("general.architecture")
+        head_dim = file.get(f"{kind}.attention.key_length") if kind == "qwen3" else None  # transformers takes 128
     root = cache_dir() / "dense"
     root.mkdir(parents=True, exist_ok=True)
     folder = root / f"{sha256_of(gguf)[:16]}-v{DENSE_VERSION}"
@@ -264,7 +266,7 @@ def dense_folder(gguf: Path) -> Path:
     part = root / f".{folder.name}.{os.getpid()}.part"
     try:
         part.mkdir()
-        _convert(gguf, part, n_weights, rope, split)
+        _convert(gguf, part, n_weights, {"head_dim": head_dim} if head_dim else {}, rope, split)
         check_folder(part, what)
         with contextlib.suppress(OSError):  # another process was faster
             os.replace(part, folder)
@@ -287,14 +289,18 @@ def _remove_abandoned(root: Path) -> None:
             continue  # alive, another user's
 
 
-def _convert(gguf: Path, folder: Path, n_weights: int, rope: dict | None, split: Callable) -> None:
-    """Writes config, float16 weights and tokenizer of a GGUF file into `folder`, as transformers reads them."""
+def _convert(gguf: Path, folder: Path, n_weights: int, config: dict, rope: dict | None, split: Callable) -> None:
+    """Writes config, float16 weights and tokenizer of a GGUF file into `folder`, as transformers reads them.
+
+    config  entries that transformers does not take from the file, but needs to load the weights
+    rope    entries about the rotary embedding that it does not take either
+    """
     import torch
     import transformers
 
     link = folder / "source.gguf"  # alone in a folder: beside the file may lie another model's config and tokenizer
     link.symlink_to(gguf.absolute())
-    options = {"gguf_file": link.name, "dtype": torch.float16}
+    options = {"gguf_file": link.name, "dtype": torch.float16, **config}
     if hasattr(transformers, "GgufConfig"):  # transformers that keep the weights packed unless told otherwise
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     try:

@@ -483,6 +483,30 @@ def test_gguf_becomes_a_folder(tmp_path, cache, vocabulary):
     assert (found.folder / "model.safetensors").stat().st_mtime_ns == before
 
 
+@pytest.mark.parametrize("arch", ["qwen2", "qwen3"])
+def test_gguf_of_qwen(tmp_path, cache, vocabulary, arch):
+    """Q and K as they are in the file; Qwen2's biases, Qwen3's norms of Q and K and its own head size come along."""
+    rng = np.random.default_rng(1)
+    head = 32 if arch == "qwen3" else HEAD
+    rows = {"q": N_HEAD * head, "k": N_KV * head, "v": N_KV * head}
+    extra = {f"blk.0.attn_{x}.weight": rng.standard_normal((n, N_EMBD)).astype(np.float16) for x, n in rows.items()}
+    extra["blk.0.attn_output.weight"] = rng.standard_normal((N_EMBD, rows["q"])).astype(np.float16)
+    if arch == "qwen2":
+        extra |= {f"blk.0.attn_{x}.bias": rng.standard_normal(n).astype(np.float16) for x, n in rows.items()}
+    else:
+        extra |= {f"blk.0.attn_{x}_norm.weight": rng.standard_normal(head).astype(np.float16) for x in "qk"}
+    keys = {f"{arch}__attention__key_length": head, f"{arch}__attention__value_length": head}
+    drop = [f"{arch}.rope.dimension_count", f"{arch}.vocab_size"]  # as llama.cpp writes these
+    write_tiny(tmp_path / "t.gguf", vocabulary, arch=arch, pre="qwen2", tensors=extra, drop=drop, **keys)
+    model = transformers.AutoModelForCausalLM.from_pretrained(source.resolve(str(tmp_path / "t.gguf")).folder)
+    assert (model.config.model_type, model.model.layers[0].self_attn.head_dim) == (arch, head)
+    weights = model.state_dict()
+    for name, value in extra.items():
+        name = name.removeprefix("blk.0.attn_").replace("output", "o").replace(".", "_proj.", 1)
+        name = name.replace("_norm_proj", "_norm")
+        assert torch.equal(weights[f"model.layers.0.self_attn.{name}"], torch.from_numpy(value)), name
+
+
 def llama3_divisors(factor: float) -> np.ndarray:
     """By transformers' own code."""
     config = transformers.LlamaConfig(
