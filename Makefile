@@ -55,10 +55,10 @@ setup: check-tools
 	fi; \
 	mkdir -p $(VENV); touch $(VENV)/.unfinished; rm -f $(VENV)/.ready-*; \
 	[ -e $(PY) ] || $(PYTHON) -m venv $(VENV); \
-	echo "installing $(TORCH)"; \
-	$(PY) -m pip install --quiet --disable-pip-version-check $(TORCH); \
+	echo "installing $(TORCH) (minutes)"; \
+	$(PY) -m pip install --quiet --no-compile --disable-pip-version-check $(TORCH); \
 	echo "installing dbf-gguf and what it needs"; \
-	$(PY) -m pip install --quiet --disable-pip-version-check -e '.[test]'; \
+	$(PY) -m pip install --quiet --no-compile --disable-pip-version-check -e '.[test]'; \
 	touch $(READY); rm -f $(VENV)/.unfinished
 
 clean:
