@@ -1,0 +1,106 @@
+"""The transformers model, with some of its linears in factorized form.
+
+`DBFLinear` computes y = a ⊙ (A (m ⊙ (B (b ⊙ x)))) + bias. Its signs are constants, its scales parameters. The signs
+are held in the dtype they are multiplied in: on a CPU casting them at every call would cost more than the product.
+"""
+
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
+from transformers.utils import logging as transformers_logging
+
+from .checkpoint import SCALES, WorkFolder
+from .errors import DBFError
+from .factorize import product_dtype
+from .factors import Factors
+
+transformers_logging.disable_progress_bar()
+transformers_logging.set_verbosity_error()
+
+
+class DBFLinear(nn.Module):
+    """A factorized linear. scale_a [n_out], scale_m [k], scale_b [n_in] are float32 parameters; signs are buffers."""
+
+    def __init__(self, factors: Factors, bias: torch.Tensor | None = None, dtype: torch.dtype = torch.float32):
+        super().__init__()
+        self.register_buffer("signs_a", factors.signs_a.to(dtype), persistent=False)  # [n_out, k]
+        self.register_buffer("signs_b", factors.signs_b.to(dtype), persistent=False)  # [k, n_in]
+        for scale in SCALES:
+            setattr(self, scale, nn.Parameter(getattr(factors, scale).float()))
+        self.bias = None if bias is None else nn.Parameter(bias.detach().float(), requires_grad=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x [..., n_in] -> [..., n_out], in x's dtype; products in the signs' dtype."""
+        dtype = self.signs_a.dtype
+        hidden = nn.functional.linear((x * self.scale_b.to(x.dtype)).to(dtype), self.signs_b)
+        y = nn.functional.linear(hidden * self.scale_m.to(dtype), self.signs_a) * self.scale_a.to(dtype)
+        if self.bias is not None:
+            y = y + self.bias.to(dtype)
+        return y.to(x.dtype)
+
+
+def load_dense(folder: Path, dtype: torch.dtype = torch.float32, device: str = "cpu"):
+    """The model of a local Hugging Face folder, frozen, in eval mode. Raises DBFError when it cannot be loaded."""
+    try:
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise DBFError(f"{folder} cannot be loaded as a model: {str(error).splitlines()[0]}") from None
+    model.requires_grad_(False)
+    return model.eval().to(device)
+
+
+def block_linears(model) -> dict[str, nn.Linear]:
+    """The linears inside the decoder blocks, by module name, in the model's order: what is factorized."""
+    layers = model.model.layers
+    return {
+        f"model.layers.{name}": module for name, module in layers.named_modules() if isinstance(module, nn.Linear)
+    }
+
+
+def norm_weights(model) -> dict[str, nn.Parameter]:
+    """The weights of the normalization layers by parameter name ("model.norm.weight")."""
+    return {
+        f"{name}.weight": module.weight
+        for name, module in model.named_modules()
+        if "norm" in type(module).__name__.lower() and getattr(module, "weight", None) is not None
+    }
+
+
+def replace_linear(model, name: str, factors: Factors, dtype: torch.dtype) -> None:
+    """Puts a DBFLinear in the place of the linear `name`, keeping its bias and device."""
+    parent, _, child = name.rpartition(".")
+    old = model.get_submodule(name)
+    device = old.weight.device
+    setattr(model.get_submodule(parent), child, DBFLinear(factors, old.bias, dtype).to(device))
+
+
+def apply_work(model, work: WorkFolder, dtype: torch.dtype) -> None:
+    """Replaces every finished linear of the work folder in `model`, and the norms that were tuned."""
+    for name in work.linears():
+        replace_linear(model, name, work.factors(name), dtype)
+    weights = norm_weights(model)
+    for name, value in work.final_norms().items():
+        weights[name].data = value.to(weights[name].device)
+
+
+def load(work_dir: Path | str, dtype: torch.dtype = torch.float32, device: str = "cpu"):
+    """A work folder as a transformers model, for evaluation in PyTorch; the dense parts come from its source.
+
+    `dtype` is that of activations and products (bfloat16 is faster where `product_dtype` says so). Raises DBFError when
+    the folder is none, is not finished, or its source cannot be found any more.
+    """
+    from .source import resolve
+
+    work = WorkFolder.open(Path(work_dir))
+    if not work.has("final.safetensors"):
+        raise DBFError(f"{work_dir} is not finished: run the same `dbf-gguf convert` again to go on")
+    model = load_dense(resolve(work.manifest["model"]).folder, dtype, device)
+    apply_work(model, work, dtype)
+    return model
+
+
+def training_dtype(device: str) -> torch.dtype:
+    """The dtype of activations while calibrating and tuning: bfloat16 where it is fast, else float32."""
+    return product_dtype(torch.device(device))
