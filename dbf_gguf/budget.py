@@ -23,11 +23,14 @@ def linear_bits(n_out: int, n_in: int, k: int) -> int:
 def uniform_budget(shapes: Mapping[str, tuple[int, int]], bits: float) -> dict[str, int]:
     """k for every linear (name -> (n_out, n_in)) so that all together cost `bits` per original weight.
 
-    Every k is a multiple of 32 and at least 32. Raises DBFError for bits outside 0.3 to 6 and for shapes that the format
-    cannot hold (n_in no multiple of 32).
+    Every k is a multiple of 32 and at least 32. Raises DBFError for bits outside 0.3 to 6 and for shapes that the
+    format cannot hold (n_in no multiple of 32).
     """
     if not MIN_BITS <= bits <= MAX_BITS:
-        raise DBFError(f"{bits:g} bits a weight cannot be made: choose between {MIN_BITS} and {MAX_BITS:g} (1 to 2.3 is what DBF is for)")
+        raise DBFError(
+            f"{bits:g} bits a weight cannot be made: choose between {MIN_BITS} and {MAX_BITS:g} "
+            "(1 to 2.3 is what DBF is for)"
+        )
     result = {}
     carry = 0.0  # bits still owed by (positive) or to (negative) the linears before
     for name, (n_out, n_in) in shapes.items():

@@ -2,12 +2,12 @@
 
     manifest.json                the settings of each stage and what is done (JSON, replaced atomically)
     importance.safetensors       <linear>.input [n_in], <linear>.output [n_out]: RMS of activations and output gradients
-    linears/<linear>.safetensors one factorized linear: signs_a, signs_b (packed, uint8), scale_a, scale_m, scale_b (float32)
+    linears/<linear>.safetensors one factorized linear: signs_a, signs_b (packed, uint8), scale_{a,m,b} (float32)
     tuning.safetensors           the last tuning snapshot (parameters, optimizer, best state)
     final.safetensors            what is exported: <linear>.scale_{a,m,b} (float16) and the tuned norms (float32)
 
-`<linear>` is the Hugging Face module name ("model.layers.3.mlp.up_proj"). A file is written beside its target, flushed to
-the disk and renamed; the manifest names it only afterwards. What the manifest does not name does not exist.
+`<linear>` is the Hugging Face module name ("model.layers.3.mlp.up_proj"). A file is written beside its target, flushed
+to the disk and renamed; the manifest names it only afterwards. What the manifest does not name does not exist.
 """
 
 import json
@@ -148,8 +148,9 @@ class WorkFolder:
         return f"linears/{name}.safetensors"
 
     def linears(self) -> list[str]:
-        """Names of the finished linears, in the model's order."""
-        return list(self.manifest["linears"])
+        """Names of the finished linears, in the model's order where the manifest's budget tells it."""
+        finished = self.manifest["linears"]
+        return [name for name in self.manifest.get("budget", finished) if name in finished]
 
     def packed_signs(self, name: str) -> tuple[np.ndarray, np.ndarray]:
         """(A, B) packed: uint8 `[n_out, k / 8]` and `[k, n_in / 8]`, the bytes of the GGUF tensors."""
@@ -174,4 +175,4 @@ class WorkFolder:
         if not self.has("final.safetensors"):
             return {}
         with safe_open(str(self.path / "final.safetensors"), "pt") as f:
-            return {key: f.get_tensor(key) for key in f.keys() if not key.endswith(SCALES)}
+            return {key: f.get_tensor(key) for key in f.keys() if not key.endswith(SCALES)}  # noqa: SIM118

@@ -34,7 +34,7 @@ def unpack_signs(packed: np.ndarray) -> torch.Tensor:
 
 @dataclass
 class Factors:
-    """The five parts of a factorized linear. Signs are int8 ±1, scales float32 (while computing) or float16 (stored)."""
+    """The five parts of a factorized linear. Signs are int8 ±1, scales float32 (computing) or float16 (stored)."""
 
     signs_a: torch.Tensor  # [n_out, k]
     signs_b: torch.Tensor  # [k, n_in]

@@ -43,7 +43,8 @@ def pypi_archive(requirement: str, sha256: str, *, sdist: bool = False) -> Path:
         run = subprocess.run([*command, "--dest", tmp, requirement], capture_output=True, text=True)
         files = list(Path(tmp).iterdir())
         if run.returncode != 0 or len(files) != 1:
-            lines = [line for line in run.stderr.splitlines() if "ERROR" in line] or run.stderr.splitlines() or ["no output"]
+            lines = run.stderr.splitlines() or ["no output"]
+            lines = [line for line in lines if "ERROR" in line] or lines
             raise DBFError(f"pip could not download {requirement}: {lines[-1].strip()} (is PyPI reachable?)")
         found = sha256_of(files[0])
         if found != sha256:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 
 from .loss import cross_entropy
-from .model import block_linears
+from .model import block_linears, checkpointing
 
 
 def measure(model, windows: torch.Tensor, progress: Callable[[int], None] = lambda done: None):
@@ -22,6 +22,7 @@ def measure(model, windows: torch.Tensor, progress: Callable[[int], None] = lamb
     """
     sums: dict[str, torch.Tensor] = {}
     handles = []
+    first_pass = False  # blocks run again in the backward pass: that pass must neither count nor hold anything
 
     def add(key: str, values: torch.Tensor) -> None:
         square = values.detach().float().flatten(0, -2).square().sum(dim=0)
@@ -29,37 +30,31 @@ def measure(model, windows: torch.Tensor, progress: Callable[[int], None] = lamb
 
     def hook(name: str):
         def forward(_module, inputs, output):
-            if output.requires_grad:  # not in the pass that checkpointing throws away
-                x = inputs[0].detach()
-
-                def backward(grad):
-                    add(f"{name}.input", x)
-                    add(f"{name}.output", grad)
-
-                output.register_hook(backward)
+            if first_pass:
+                add(f"{name}.input", inputs[0])
+                output.register_hook(lambda gradient: add(f"{name}.output", gradient))
 
         return forward
 
     for name, module in block_linears(model).items():
         handles.append(module.register_forward_hook(hook(name)))
-    device = model.get_input_embeddings().weight.device
+    embedding = model.get_input_embeddings()
     head = model.get_output_embeddings().weight
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    model.train()  # transformers checkpoints only in training mode; the architectures here have no dropout
     try:
-        for number, window in enumerate(windows.to(device), 1):
-            embedded = model.get_input_embeddings()(window[None]).requires_grad_()
-            hidden = model.model(inputs_embeds=embedded, use_cache=False).last_hidden_state
-            flat = hidden.detach()[0, :-1]
-            _, grad = cross_entropy(flat, head, window[1:])
-            full = torch.zeros_like(hidden)
-            full[0, :-1] = grad / len(flat)
-            hidden.backward(full)
-            progress(number)
+        with checkpointing(model):
+            for number, window in enumerate(windows.to(embedding.weight.device), 1):
+                embedded = embedding(window[None]).requires_grad_()
+                first_pass = True
+                hidden = model.model(inputs_embeds=embedded, use_cache=False).last_hidden_state
+                first_pass = False
+                flat = hidden.detach()[0, :-1]
+                _, gradient = cross_entropy(flat, head, window[1:])
+                full = torch.zeros_like(hidden)
+                full[0, :-1] = gradient / len(flat)
+                hidden.backward(full)
+                progress(number)
     finally:
         for handle in handles:
             handle.remove()
-        model.gradient_checkpointing_disable()
-        model.eval()
     tokens = windows.numel()
     return {key: (total / tokens).sqrt().cpu() for key, total in sums.items()}

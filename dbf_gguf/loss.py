@@ -16,7 +16,7 @@ PIECE = 256  # tokens whose logits exist at a time
 
 
 def cross_entropy(hidden: torch.Tensor, head: torch.Tensor, targets: torch.Tensor, gradient: bool = True):
-    """Sum of next-token losses for hidden [n, d], head [vocabulary, d], targets [n]; and its gradient [n, d] or None."""
+    """Sum of next-token losses of hidden [n, d], head [vocabulary, d], targets [n]; its gradient [n, d] or None."""
     total, grads = 0.0, []
     for h, t in zip(hidden.split(PIECE), targets.split(PIECE), strict=True):
         logits = (h @ head.T).float()

@@ -4,11 +4,13 @@
 are held in the dtype they are multiplied in: on a CPU casting them at every call would cost more than the product.
 """
 
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from .checkpoint import SCALES, WorkFolder
@@ -59,6 +61,26 @@ def block_linears(model) -> dict[str, nn.Linear]:
     }
 
 
+def linear_shapes(folder: Path) -> dict[str, tuple[int, int]]:
+    """(n_out, n_in) of every block linear, from the config alone. Raises DBFError when transformers refuses it."""
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
+        raise DBFError(f"{folder} cannot be loaded as a model: {str(error).splitlines()[0]}") from None
+    return {name: tuple(module.weight.shape) for name, module in block_linears(model).items()}
+
+
+def weight_files(folder: Path) -> dict[str, Path]:
+    """The safetensors file that holds each tensor of a Hugging Face folder."""
+    found = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(str(path), "pt") as f:
+            found |= dict.fromkeys(f.keys(), path)
+    return found
+
+
 def norm_weights(model) -> dict[str, nn.Parameter]:
     """The weights of the normalization layers by parameter name ("model.norm.weight")."""
     return {
@@ -76,13 +98,30 @@ def replace_linear(model, name: str, factors: Factors, dtype: torch.dtype) -> No
     setattr(model.get_submodule(parent), child, DBFLinear(factors, old.bias, dtype).to(device))
 
 
+@contextmanager
+def checkpointing(model, enabled: bool = True):
+    """Within, blocks are recomputed in the backward pass instead of being kept (gradient checkpointing)."""
+    if not enabled:
+        yield
+        return
+    # transformers renames the pair in version 6, and checkpoints only in training mode; there is no dropout here
+    prefix = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
+    getattr(model, f"{prefix}_checkpointing_enable")(**{f"{prefix}_checkpointing_kwargs": {"use_reentrant": False}})
+    model.train()
+    try:
+        yield
+    finally:
+        getattr(model, f"{prefix}_checkpointing_disable")()
+        model.eval()
+
+
 def apply_work(model, work: WorkFolder, dtype: torch.dtype) -> None:
     """Replaces every finished linear of the work folder in `model`, and the norms that were tuned."""
     for name in work.linears():
         replace_linear(model, name, work.factors(name), dtype)
     weights = norm_weights(model)
     for name, value in work.final_norms().items():
-        weights[name].data = value.to(weights[name].device)
+        weights[name].data = value.to(weights[name].device, weights[name].dtype)
 
 
 def load(work_dir: Path | str, dtype: torch.dtype = torch.float32, device: str = "cpu"):

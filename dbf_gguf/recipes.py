@@ -7,6 +7,7 @@
     calib_sequences = 256
     embedding_type = "q6_k"             # GGUF types of embedding and output head
     output_type = "q6_k"
+    iterations = 60                     # outer iterations of the factorization, when not the usual number
     groups = [["k_proj", "v_proj"], …]  # linears of equal shape, between which a budget may move
 
     [model]                             # either hub = "owner/name", or a GGUF file in a PyPI wheel:
@@ -52,6 +53,7 @@ class Recipe:
     embedding_type: str
     output_type: str
     bits: float = 2.0
+    iterations: int | None = None
     tune: dict = field(default_factory=dict)
     groups: list = field(default_factory=list)  # of lists of str
 
@@ -70,10 +72,24 @@ _KEYS = {
     "embedding_type": str,
     "output_type": str,
     "bits": float,
+    "iterations": int,
     "tune": dict,
     "groups": list,
 }
-_OPTIONAL = ("bits", "tune", "groups")
+_OPTIONAL = ("bits", "iterations", "tune", "groups")
+
+# A model without a recipe: modest needs, nothing that only some models can do
+DEFAULT = Recipe(
+    name="",
+    summary="",
+    model={},
+    seq_len=2048,
+    calib="wiki",
+    calib_sequences=64,
+    embedding_type="q8_0",
+    output_type="q8_0",
+    tune={"tune": "scales", "tune_tokens": 1_000_000, "lr": 1e-3},
+)
 
 
 def names() -> list[str]:
@@ -97,7 +113,7 @@ def _parse(path: Path) -> Recipe:
     model_keys = _HUB_KEYS if "hub" in data["model"] else _WHEEL_KEYS
     data["model"] = _checked(path.name, "model.", data["model"], model_keys, model_keys)
     data["tune"] = _checked(path.name, "tune.", data.get("tune", {}), _TUNE_KEYS, ())
-    for key in ("seq_len", "calib_sequences", "bits"):
+    for key in ("seq_len", "calib_sequences", "bits", "iterations"):
         if data.get(key, 1) <= 0:
             raise DBFError(f"recipe {path.name}: {key} is {data[key]}, must be above 0")
     for group in data.get("groups", []):

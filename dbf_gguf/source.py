@@ -110,6 +110,12 @@ def check_config(config: dict, what: str) -> None:
         raise DBFError(f"{what} is already quantized ({method}): start from the original weights")
 
 
+def context_length(folder: Path) -> int:
+    """Tokens the model was made for, by its config.json."""
+    config = _read_json(folder / "config.json", folder.name) or {}
+    return (config | (config.get("text_config") or {})).get("max_position_embeddings", 2048)
+
+
 def check_folder(folder: Path, what: str) -> None:
     """Raises DBFError when `folder` is no complete, supported Hugging Face model folder."""
     config = _read_json(folder / "config.json", what)

@@ -1,0 +1,149 @@
+"""`dbf-gguf convert`: options, recipe and defaults become settings; the work is `pipeline`'s."""
+
+import os
+from dataclasses import asdict
+from pathlib import Path
+
+import click
+
+from ..errors import DBFError
+
+GROUPS = {
+    "Basic": ("bits", "output", "work", "resume"),
+    "Calibration and tuning": ("calib", "calib_sequences", "seq_len", "tune", "tune_tokens", "tune_minutes"),
+    "File": ("embedding_type", "output_type"),
+    "Resources": ("threads", "device"),
+    "Advanced": ("iterations", "seed", "eval_windows"),
+}
+
+
+class _GroupedCommand(click.Command):
+    def format_options(self, ctx, formatter):
+        options = {p.name: p.get_help_record(ctx) for p in self.get_params(ctx) if p.get_help_record(ctx)}
+        for title, names in GROUPS.items():
+            with formatter.section(title):
+                formatter.write_dl([options.pop(name) for name in names])
+        with formatter.section("Other"):
+            formatter.write_dl(list(options.values()))
+
+
+@click.command(
+    cls=_GroupedCommand,
+    epilog="""\b
+Example:
+  dbf-gguf convert smollm2-135m --bits 1.5 --tune-minutes 5 -o smollm2-1.5.gguf
+  dbf-gguf verify smollm2-1.5.gguf --work smollm2-1.5-work""",
+)
+@click.argument("model")
+@click.option("--bits", type=float, help="Bits a weight over the compressed linears, scales included.")
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path),
+    help="The GGUF file to write.  [default: MODEL-dbf-BITS.gguf here]",
+)
+@click.option(
+    "--work",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Folder for what is finished; a begun one is gone on with.  [default: beside the output, named after it]",
+)
+@click.option("--resume", is_flag=True, help="Go on in the default work folder, if it was begun.")
+@click.option("--calib", help="Calibration text: a text file, a hub dataset owner/name, or `wiki`.")
+@click.option("--calib-sequences", type=click.IntRange(1), help="Windows of it that importance is measured on.")
+@click.option("--seq-len", type=click.IntRange(16), help="Tokens in each of them.")
+@click.option("--tune", type=click.Choice(["none", "scales"]), help="Distillation into scales and norms, or none.")
+@click.option("--tune-tokens", type=click.IntRange(1), help="Tokens to tune on.")
+@click.option(
+    "--tune-minutes",
+    type=click.FloatRange(0, min_open=True),
+    help="Minutes to tune, turned into tokens by timing the first steps.",
+)
+@click.option("--embedding-type", help="GGUF type of the embeddings: q8_0, q6_k, f16, …")
+@click.option("--output-type", help="GGUF type of the output head, where it is not tied to the embeddings.")
+@click.option("--threads", type=click.IntRange(1), help="CPU threads.  [default: all cores]")
+@click.option("--device", help="cpu, cuda, cuda:1, mps.  [default: the GPU if torch finds one]")
+@click.option("--iterations", type=click.IntRange(3), help="Outer iterations of the factorization.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the random start and the choice of text.")
+@click.option(
+    "--eval-windows",
+    type=click.IntRange(0),
+    default=32,
+    show_default=True,
+    help="Windows of 512 tokens for the perplexities at the end; 0 for none.",
+)
+def command(model: str, output: Path | None, work: Path | None, resume: bool, **options) -> None:
+    """Compress MODEL and write it as one GGUF.
+
+    MODEL is a recipe name (`dbf-gguf recipes`), a Hugging Face id, a local folder with safetensors, or a .gguf file.
+    What is not given comes from the recipe. Killed or interrupted, the same command with --resume goes on.
+    """
+    from ..budget import uniform_budget
+    from ..pipeline import convert
+    from ..screen import Screen
+    from ..source import resolve
+
+    device = _device(options.pop("device"))
+    if options["bits"] is not None:
+        uniform_budget({}, options["bits"])  # refuses what cannot be made before a model is fetched
+    source = resolve(model)
+    settings = resolve_settings(source, device, options)
+    output = output or Path(f"{source.name}-dbf-{settings.bits}.gguf")
+    if work is None:
+        work = output.with_name(f"{output.name.removesuffix('.gguf')}-work")
+        if not resume and (work / "manifest.json").exists():
+            raise DBFError(f"{work} holds an earlier convert: --resume goes on with it, --work names another folder")
+    screen = Screen()
+    shown = {"model": f"{source.name} ({source.origin})", "output": output, "work": work} | asdict(settings)
+    for name, value in shown.items():
+        if value is not None:
+            screen.line(f"{name.replace('_', ' '):<16} {value}")
+    convert(source, model, output, work, settings, screen)
+
+
+def _device(name: str | None) -> str:
+    import torch
+
+    if name is None:
+        return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        torch.zeros(1, device=name)
+    except (RuntimeError, AssertionError, NotImplementedError):
+        raise DBFError(f"torch finds no device {name} here: leave --device out to take what there is") from None
+    return name
+
+
+def resolve_settings(source, device: str, options: dict):
+    """The settings of a run: options where given, else the model's recipe, else the defaults of a model without one."""
+    from ..factorize import OUTER_ITERATIONS
+    from ..pipeline import Settings
+    from ..recipes import DEFAULT
+    from ..source import context_length
+
+    recipe = source.recipe or DEFAULT
+    recipe_seq_len = min(recipe.seq_len, context_length(source.folder))
+
+    def chosen(name: str, otherwise):
+        return otherwise if options[name] is None else options[name]
+
+    tokens, minutes = options["tune_tokens"], options["tune_minutes"]
+    if tokens is None and minutes is None:
+        tokens, minutes = recipe.tune.get("tune_tokens"), recipe.tune.get("tune_minutes")
+    tune = chosen("tune", recipe.tune["tune"])
+    return Settings(
+        bits=chosen("bits", recipe.bits),
+        calib=chosen("calib", recipe.calib),
+        calib_sequences=chosen("calib_sequences", recipe.calib_sequences),
+        seq_len=chosen("seq_len", recipe_seq_len),
+        iterations=chosen("iterations", recipe.iterations or OUTER_ITERATIONS),
+        tune=tune,
+        tune_tokens=tokens if tune == "scales" else None,
+        tune_minutes=minutes if tune == "scales" else None,
+        tune_seq_len=min(recipe.tune.get("seq_len", recipe.seq_len), chosen("seq_len", recipe_seq_len)),
+        tune_lr=recipe.tune["lr"],
+        embedding_type=chosen("embedding_type", recipe.embedding_type),
+        output_type=chosen("output_type", recipe.output_type),
+        seed=options["seed"],
+        threads=chosen("threads", os.cpu_count() or 1),
+        device=device,
+        eval_windows=options["eval_windows"],
+    )

@@ -1,0 +1,250 @@
+"""Distillation: the compressed model's scales and norms are trained to give the dense model's output distribution.
+
+    minimize  mean over tokens of KL(dense ‖ compressed)      over a, m, b of every linear and all norm weights
+
+The signs stay. This is the end-to-end stage of the paper (section 3.4): without it a 2-bit model
+is of little use, since each linear was only fitted to its own weights.
+
+All trained vectors are one flat vector θ = θ₀ + r ⊙ δ, where r is the RMS of the vector an entry belongs to. Adam
+moves δ, so one learning rate is relative to the size of each vector, however large that is. θ and δ are float32;
+modules of lower precision get rounded copies after every step.
+
+What makes it fit for a long night:
+
+- Bounded by tokens. Minutes are turned into tokens once, after the first steps have been timed, and the number is
+  kept: a run that is interrupted goes on to the same end.
+- The windows of step s depend on s and the seed alone, and a snapshot (δ, Adam's moments, the best state) is written at
+  every evaluation. A resumed run repeats the steps since then exactly.
+- The state with the lowest KL on windows that are never trained on is what is returned.
+"""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from .checkpoint import SCALES, WorkFolder
+from .errors import DBFError
+from .loss import kl_divergence
+from .model import DBFLinear, checkpointing, norm_weights
+
+STEP_TOKENS = 512
+HELD_OUT_TOKENS = 4096
+WARM_UP = 20  # steps
+TIMED = range(3, 9)  # steps whose time turns minutes into tokens; the first ones include one-time costs
+EVALUATE_EVERY = 40  # steps
+BETAS = (0.9, 0.95)
+FINAL_RATE = 0.02  # of the peak, at the end of the cosine
+SNAPSHOT = "tuning.safetensors"
+CHECKPOINT_ABOVE = 4 << 30  # bytes of activations for the backward pass, from which on they are recomputed instead
+
+
+@dataclass
+class Progress:
+    """What a caller may show after each step."""
+
+    step: int
+    steps: int | None  # None until the minutes have been turned into steps
+    kl: float  # of the last step's batch, per token
+    held_out: float | None  # at an evaluation
+    best: float  # held-out KL of the state that would be kept now
+
+
+class Trainables:
+    """The trained parameters of a model as one flat float32 vector, in a fixed order."""
+
+    def __init__(self, model: nn.Module):
+        self.parameters = {
+            f"{name}.{scale}": getattr(module, scale)
+            for name, module in model.named_modules()
+            if isinstance(module, DBFLinear)
+            for scale in SCALES
+        } | norm_weights(model)
+        for parameter in self.parameters.values():
+            parameter.requires_grad_(True)
+        values = [p.detach().float().flatten() for p in self.parameters.values()]
+        self.start = torch.cat(values)  # θ₀ [n]
+        self.rms = torch.cat([v.square().mean().sqrt().expand(len(v)) for v in values])  # r [n]
+        self.sizes = [len(v) for v in values]
+
+    def set(self, delta: torch.Tensor) -> None:
+        """Writes θ₀ + r ⊙ δ into the model."""
+        theta = self.start + self.rms * delta
+        with torch.no_grad():
+            for parameter, value in zip(self.parameters.values(), theta.split(self.sizes), strict=True):
+                parameter.copy_(value.view_as(parameter))
+
+    def take_gradient(self) -> torch.Tensor:
+        """The gradient with respect to δ; clears the parameters' own."""
+        parameters = self.parameters.values()
+        gradient = torch.cat([p.grad.float().flatten() for p in parameters]) * self.rms
+        for p in parameters:
+            p.grad = None
+        return gradient
+
+    def tensors(self, delta: torch.Tensor) -> dict[str, torch.Tensor]:
+        """θ by name as it is exported: scales in float16, norms in float32."""
+        theta = self.start + self.rms * delta
+        return {
+            name: value.view_as(parameter).to(torch.float16 if name.endswith(SCALES) else torch.float32)
+            for (name, parameter), value in zip(self.parameters.items(), theta.split(self.sizes), strict=True)
+        }
+
+
+def learning_rate(step: int, steps: int | None, peak: float) -> float:
+    """Linear warm-up over 20 steps, then a cosine down to 2 % of the peak. `steps` may be unknown during warm-up."""
+    rate = peak * min(1.0, (step + 1) / WARM_UP)
+    if steps is None:
+        return rate
+    return rate * (FINAL_RATE + (1 - FINAL_RATE) * 0.5 * (1 + math.cos(math.pi * min(1.0, step / steps))))
+
+
+def distill(
+    student: nn.Module,
+    teacher: nn.Module,
+    windows: torch.Tensor,
+    work: WorkFolder,
+    *,
+    lr: float,
+    seed: int,
+    tokens: int | None = None,
+    minutes: float | None = None,
+    report: Callable[[Progress], None] = lambda progress: None,
+) -> dict[str, torch.Tensor]:
+    """Trains `student` (with DBFLinears) towards `teacher` on `windows` [count, length] of token ids.
+
+    tokens, minutes  how long; the smaller bound counts, at least one is given
+    lr               peak learning rate relative to each vector's RMS
+    work             where snapshots are kept and, once made, gone on from
+
+    Returns the best state by parameter name: scales float16, norms float32. Raises DBFError when the text is too short
+    to hold windows back, or when the loss is not finite from the start.
+    """
+    length = windows.shape[1]
+    batch = max(1, STEP_TOKENS // length)
+    n_held_out = max(1, min(HELD_OUT_TOKENS // length, len(windows) // 8))
+    held_out, training = windows[:n_held_out], windows[n_held_out:]
+    if len(training) < batch:
+        raise DBFError(
+            f"the calibration text holds only {len(windows)} windows of {length} tokens, tuning needs "
+            f"{batch + 1}: give a longer text or --tune none"
+        )
+    steps = None if tokens is None else max(1, math.ceil(tokens / (batch * length)))
+    run = _Run(student, teacher, work, batch, seed)
+    run.restore()
+    if minutes is not None and run.step > max(TIMED):
+        steps = work.manifest["tuning"]["steps"]
+
+    timed = []
+    with checkpointing(student, _activation_bytes(student, batch * length) > CHECKPOINT_ABOVE):
+        if run.step == 0:
+            run.evaluate(held_out)
+            report(Progress(0, steps, run.best, run.best, run.best))
+        while steps is None or run.step < steps:
+            begin = time.monotonic()
+            kl = run.train(training, learning_rate(run.step, steps, lr))
+            if minutes is not None and run.step - 1 in TIMED:
+                timed.append(time.monotonic() - begin)
+                if run.step - 1 == max(TIMED):
+                    affordable = max(run.step, int(60 * minutes / sorted(timed)[len(timed) // 2]))
+                    steps = affordable if steps is None else min(steps, affordable)
+                    work.manifest["tuning"] = {"steps": steps}
+                    work.save()
+            value = None
+            if run.step % EVALUATE_EVERY == 0 or run.step == steps:
+                value = run.evaluate(held_out)
+                run.snapshot()
+            report(Progress(run.step, steps, kl, value, run.best))
+    return run.parameters.tensors(run.best_delta)
+
+
+class _Run:
+    """The state of one distillation: what a snapshot holds, and the two things that are done with it."""
+
+    def __init__(self, student, teacher, work: WorkFolder, batch: int, seed: int):
+        self.student, self.teacher, self.work, self.batch, self.seed = student, teacher, work, batch, seed
+        self.parameters = Trainables(student)
+        self.delta = nn.Parameter(torch.zeros_like(self.parameters.start))
+        self.adam = torch.optim.Adam([self.delta], lr=0.0, betas=BETAS, eps=1e-12)
+        self.head = teacher.get_output_embeddings().weight.detach()
+        self.step = 0
+        self.best = math.inf
+        self.best_delta = self.delta.detach().clone()
+
+    def hidden(self, model, ids: torch.Tensor) -> torch.Tensor:
+        """Output of the model's body, [tokens, d]."""
+        return model.model(ids.to(self.head.device), use_cache=False).last_hidden_state.flatten(0, 1)
+
+    def train(self, windows: torch.Tensor, rate: float) -> float:
+        """One step; returns the KL per token of its batch."""
+        ids = windows[self._choice(len(windows))]
+        with torch.no_grad():
+            target = self.hidden(self.teacher, ids)
+        hidden = self.hidden(self.student, ids)
+        kl, gradient = kl_divergence(hidden.detach().to(self.head.dtype), target, self.head)
+        kl /= ids.numel()
+        self.step += 1
+        if not math.isfinite(kl):
+            raise DBFError(f"the tuning loss is not finite at step {self.step}: try --tune none, or more bits")
+        hidden.backward((gradient / ids.numel()).to(hidden.dtype))
+        self.delta.grad = self.parameters.take_gradient()
+        self.adam.param_groups[0]["lr"] = rate
+        self.adam.step()
+        self.parameters.set(self.delta.detach())
+        return kl
+
+    def _choice(self, n: int) -> torch.Tensor:
+        """Indices of this step's windows: every epoch goes through all of them in an order of its own."""
+        per_epoch = n // self.batch
+        epoch, place = divmod(self.step, per_epoch)
+        order = torch.randperm(n, generator=torch.Generator().manual_seed(self.seed + epoch))
+        return order[place * self.batch : (place + 1) * self.batch]
+
+    @torch.no_grad()
+    def evaluate(self, windows: torch.Tensor) -> float:
+        """KL per token on `windows`; keeps the state when it is the best so far."""
+        total = 0.0
+        for ids in windows.split(self.batch):
+            hidden = self.hidden(self.student, ids).to(self.head.dtype)
+            total += kl_divergence(hidden, self.hidden(self.teacher, ids), self.head, gradient=False)[0]
+        kl = total / windows.numel()
+        if kl < self.best:
+            self.best = kl
+            self.best_delta = self.delta.detach().clone()
+        return kl
+
+    def snapshot(self) -> None:
+        state = self.adam.state[self.delta]
+        tensors = {"delta": self.delta, "best": self.best_delta, "m": state["exp_avg"], "v": state["exp_avg_sq"]}
+        self.work.write_tensors(SNAPSHOT, tensors, {"step": self.step, "best": self.best})
+
+    def restore(self) -> None:
+        """Goes back to the last snapshot, if there is one."""
+        if not self.work.has(SNAPSHOT):
+            return
+        device = self.delta.device
+        tensors = {name: value.to(device) for name, value in self.work.read_tensors(SNAPSHOT).items()}
+        metadata = self.work.read_metadata(SNAPSHOT)
+        self.step, self.best, self.best_delta = metadata["step"], metadata["best"], tensors["best"]
+        with torch.no_grad():
+            self.delta.copy_(tensors["delta"])
+        self.adam.state[self.delta] = {
+            "step": torch.tensor(float(self.step)),
+            "exp_avg": tensors["m"],
+            "exp_avg_sq": tensors["v"],
+        }
+        self.parameters.set(self.delta.detach())
+
+
+def _activation_bytes(model: nn.Module, tokens: int) -> int:
+    """About what the backward pass keeps without recomputation: inputs and outputs of both products of every linear,
+    and as much again for norms, attention and activation functions."""
+    width = sum(
+        2 * (module.signs_b.shape[1] + module.signs_b.shape[0] + module.signs_a.shape[0])
+        for module in model.modules()
+        if isinstance(module, DBFLinear)
+    )
+    return 2 * width * tokens * next(model.parameters()).element_size()

@@ -1,0 +1,452 @@
+"""`dbf-gguf convert`: the stages in their order, each of them skipped where the work folder has its result.
+
+    check -> importance -> factorization -> tuning -> GGUF -> evaluation
+
+All that can be refused is refused in `check`, before anything large is computed. A stage first claims the settings it
+depends on in the work folder, so that a folder is never continued under other ones.
+"""
+
+import hashlib
+import math
+import os
+import resource
+import shutil
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import gguf
+import torch
+from safetensors import safe_open
+
+from . import calibration, distill, importance
+from .budget import bits_per_weight, linear_bits, uniform_budget
+from .checkpoint import WorkFolder
+from .errors import DBFError
+from .evaluate import perplexity
+from .factorize import factorize
+from .gguf_file import PARTS, GGUFFile
+from .gguf_writer import check_model_dir, check_types, write_gguf
+from .llama_cpp import source_tree
+from .model import apply_work, linear_shapes, load_dense, training_dtype, weight_files
+from .screen import Screen
+from .source import ModelSource, context_length
+
+EVALUATION_LENGTH = 512  # tokens in an evaluation window
+CHARACTERS_PER_TOKEN = 6  # an upper bound on English text, for how much of a hub dataset is streamed
+MINUTES_POOL = 2_000_000  # tokens to tune on, when the bound is minutes
+FINGERPRINT_SAMPLES, FINGERPRINT_BYTES = 64, 1 << 16
+GROUPED = ("cuda", "mps")  # devices on which equal-shaped linears of a block are factorized in one batch
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that decides the result, resolved: options over recipe over defaults."""
+
+    bits: float
+    calib: str
+    calib_sequences: int
+    seq_len: int
+    iterations: int
+    tune: str  # "none" or "scales"
+    tune_tokens: int | None
+    tune_minutes: float | None
+    tune_seq_len: int
+    tune_lr: float
+    embedding_type: str
+    output_type: str
+    seed: int
+    threads: int
+    device: str
+    eval_windows: int
+
+
+def convert(source: ModelSource, model: str, output: Path, work_dir: Path, settings: Settings, screen: Screen) -> None:
+    """Compresses `source` and writes `output`; `model` is what the user called it, for `dbf_gguf.load`.
+
+    Raises DBFError, one line, for all that is wrong with input, settings, folder or disk.
+    """
+    begin = time.monotonic()
+    torch.set_num_threads(settings.threads)
+    job = _Job(source, settings, screen)
+    job.check(output, work_dir)
+    try:
+        with _work_folder(work_dir) as work:
+            job.work = work
+            job.claim(model)
+            job.measure_importance()
+            job.factorize()
+            job.tune()
+            job.export(output)
+            job.evaluate()
+            job.summary(output, time.monotonic() - begin)
+    except (MemoryError, torch.OutOfMemoryError):
+        raise DBFError(
+            f"out of memory on {settings.device}: try fewer --threads, a smaller --seq-len, or --device cpu"
+        ) from None
+
+
+@contextmanager
+def _work_folder(path: Path):
+    """The work folder at `path`, new or begun, held for this process alone."""
+    fcntl = None
+    if sys.platform != "win32":
+        import fcntl
+    begun = (path / "manifest.json").exists()
+    work = WorkFolder.open(path) if begun else WorkFolder.create(path)
+    with open(path / ".lock", "w") as lock:
+        if fcntl:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise DBFError(f"another convert is at work in {path}: wait for it, or name another --work") from None
+        yield work
+
+
+def workers_for(threads: int, n_out: int, n_in: int, k: int, memory: int) -> int:
+    """How many linears of this size are factorized at a time on a CPU: one a thread, as far as half the memory goes.
+
+    `memory` in bytes. Small products hardly gain from a second thread, so whole linears run side by side instead.
+    """
+    each = 12 * n_out * n_in + 16 * k * (n_out + n_in)  # target in two precisions; x, u and four work arrays
+    return max(1, min(threads, memory // 2 // each))
+
+
+class _Job:
+    """One convert: its inputs, and one method a stage."""
+
+    def __init__(self, source: ModelSource, settings: Settings, screen: Screen):
+        self.source, self.settings, self.screen = source, settings, screen
+        self.dtype = training_dtype(settings.device)
+        self.work: WorkFolder  # set once `check` has passed
+
+    # --- before anything is computed
+
+    def check(self, output: Path, work_dir: Path) -> None:
+        from transformers import AutoTokenizer
+
+        s, folder = self.settings, self.source.folder
+        config = check_model_dir(folder, self.source.gguf)
+        tied = bool(config.get("tie_word_embeddings"))
+        check_types(s.embedding_type, s.output_type, config["hidden_size"], tied)
+        self.shapes = linear_shapes(folder)
+        self.budget = uniform_budget(self.shapes, s.bits)
+        self.files = weight_files(folder)
+        missing = [name for name in self.shapes if f"{name}.weight" not in self.files]
+        if missing:
+            raise DBFError(f"{self.source.name} has no weight {missing[0]}.weight: its safetensors are incomplete")
+        context = context_length(folder)
+        if s.seq_len > context:
+            raise DBFError(f"--seq-len {s.seq_len} is more than the model's context of {context} tokens")
+        self._check_disk(output, work_dir)
+        self.tree = source_tree()
+        try:
+            self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        except Exception as error:  # transformers, tokenizers and sentencepiece each have their own
+            reason = (str(error).splitlines() or [""])[0]
+            raise DBFError(f"the tokenizer of {self.source.name} cannot be loaded: {reason}") from None
+        self._read_texts()
+
+    def _check_disk(self, output: Path, work_dir: Path) -> None:
+        """Raises DBFError where the results would not fit, or the places cannot be written."""
+        linears = sum(linear_bits(*self.shapes[name], k) // 8 for name, k in self.budget.items())
+        dense = 2 * (sum(map(_elements, set(self.files.values()))) - sum(a * b for a, b in self.shapes.values()))
+        if output.is_dir():
+            raise DBFError(f"cannot write {output}: it is a folder")
+        done = sum(path.stat().st_size for path in work_dir.rglob("*") if path.is_file()) if work_dir.is_dir() else 0
+        needs: dict[int, list] = {}  # by disk
+        for place, size in ((output.parent, linears + dense), (work_dir, int(1.2 * linears) - done)):
+            try:
+                place.mkdir(parents=True, exist_ok=True)
+                entry = needs.setdefault(place.stat().st_dev, [place, 0, shutil.disk_usage(place).free])
+            except OSError as error:
+                raise DBFError(f"cannot write to {place}: {error.strerror or error}") from None
+            entry[1] += max(0, size)
+        for place, size, free in needs.values():
+            if size > free:
+                raise DBFError(
+                    f"the disk of {place} is too full: about {size / 2**20:,.0f} MiB are needed, "
+                    f"{free / 2**20:,.0f} MiB are free"
+                )
+
+    def _read_texts(self) -> None:
+        """Calibration, tuning and evaluation windows. A begun work folder brings its own of the first two."""
+        s = self.settings
+        tune_tokens = 0
+        if s.tune == "scales":
+            tune_tokens = s.tune_tokens if s.tune_tokens is not None else MINUTES_POOL
+        need = CHARACTERS_PER_TOKEN * max(s.calib_sequences * s.seq_len, tune_tokens + distill.HELD_OUT_TOKENS)
+        self.text = calibration.read_text(s.calib, need)
+        self.calib = s.calib
+        if Path(s.calib).expanduser().is_file():
+            self.calib = f"{Path(s.calib).name} {hashlib.sha256(self.text.encode()).hexdigest()[:12]}"
+        self.calibration_windows = calibration.windows(self.tokenizer, self.text, s.seq_len, s.calib_sequences, s.seed)
+        if tune_tokens:
+            count = -(-(tune_tokens + distill.HELD_OUT_TOKENS) // s.tune_seq_len)
+            self.tuning_windows = calibration.windows(self.tokenizer, self.text, s.tune_seq_len, count, s.seed)
+        if s.eval_windows:
+            try:
+                text = calibration.wiki_text("evaluation")
+            except DBFError as error:
+                raise DBFError(f"{error}; --eval-windows 0 does without the evaluation text") from None
+            self.evaluation_windows = calibration.evaluation_windows(
+                self.tokenizer, text, EVALUATION_LENGTH, s.eval_windows
+            )
+
+    def claim(self, model: str) -> None:
+        """Refuses a work folder that was begun under other settings. What only the export uses may change."""
+        s, work = self.settings, self.work
+        work.claim("model", {"model": self.source.origin, "weights": _fingerprint(self.files)})
+        calib = {"calib": self.calib, "calib_sequences": s.calib_sequences, "seq_len": s.seq_len, "seed": s.seed}
+        work.claim("importance", calib | {"threads": s.threads, "device": s.device})
+        work.claim("factorization", {"bits": s.bits, "iterations": s.iterations})
+        tune = {"tune": s.tune}
+        if s.tune == "scales":
+            tune |= {"tune_tokens": s.tune_tokens, "tune_minutes": s.tune_minutes}
+            tune |= {"tune_seq_len": s.tune_seq_len, "lr": s.tune_lr}
+        work.claim("tuning", tune)
+        work.manifest["model"] = str(Path(model).expanduser().absolute()) if Path(model).exists() else model
+        work.manifest["budget"] = self.budget
+        work.save()
+
+    # --- stages
+
+    def load_dense(self):
+        return load_dense(self.source.folder, self.dtype, self.settings.device)
+
+    def measure_importance(self) -> None:
+        if self.work.has("importance.safetensors"):
+            self.screen.line("importance: done before")
+            return
+        begin = time.monotonic()
+        windows = self.calibration_windows
+        with self.screen.progress("importance", len(windows)) as update:
+            tensors = importance.measure(self.load_dense(), windows, update)
+        self.work.write_tensors("importance.safetensors", tensors)
+        seconds = time.monotonic() - begin
+        self.screen.line(f"importance: {len(windows)} windows of {windows.shape[1]} tokens, {seconds:.0f} s")
+
+    def factorize(self) -> None:
+        work, total = self.work, len(self.budget)
+        done = len(work.linears())
+        if done:
+            self.screen.line(f"factorization: {done} of {total} linears done before")
+        pending = [unit for unit in self._units() if any(name not in work.manifest["linears"] for name in unit)]
+        if not pending:
+            return
+        tensors = work.read_tensors("importance.safetensors")
+        threads = self.settings.threads
+        workers, each = 1, threads
+        if self.settings.device == "cpu":
+            memory = _physical_memory()
+            workers = min(workers_for(threads, *self.shapes[name], k, memory) for name, k in self.budget.items())
+            each = threads // workers
+        with (
+            self.screen.progress("factorization", total, done) as update,
+            ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(each,)) as pool,
+        ):
+            futures = [pool.submit(self._factorize_unit, unit, tensors) for unit in pending]
+            try:
+                for future in as_completed(futures):
+                    for name, factors, error, seconds in future.result():
+                        bits = linear_bits(factors.n_out, factors.n_in, factors.k) / (factors.n_out * factors.n_in)
+                        record = {"k": factors.k, "error": error, "seconds": round(seconds, 2)}
+                        work.write_linear(name, factors, record)
+                        self.screen.line(
+                            f"{gguf_name(name):<18} k={factors.k:<5} {bits:.2f} bits  err {error:.4f}  {seconds:.1f} s"
+                        )
+                    update(len(work.linears()))
+            except BaseException:
+                pool.shutdown(wait=True, cancel_futures=True)
+                raise
+        torch.set_num_threads(threads)
+
+    def _units(self) -> list[list[str]]:
+        """The linears that are factorized together: one by one on a CPU, on other devices equal ones of a block.
+
+        A unit is done again as a whole, because the arithmetic of a batch may depend on its size.
+        """
+        units: dict[tuple, list[str]] = {}
+        for name, k in self.budget.items():
+            block = name if self.settings.device not in GROUPED else name.split(".")[2]
+            units.setdefault((block, self.shapes[name], k), []).append(name)
+        return list(units.values())
+
+    def _read_weight(self, name: str) -> torch.Tensor:
+        key = f"{name}.weight"
+        with safe_open(str(self.files[key]), "pt") as f:
+            return f.get_tensor(key)
+
+    def _factorize_unit(self, names: list[str], tensors: dict) -> list[tuple]:
+        """[(name, factors, error, seconds)] of one unit."""
+        begin = time.monotonic()
+        device = self.settings.device
+        weights = torch.stack([self._read_weight(name).to(device) for name in names])
+        try:
+            factors, errors = factorize(
+                weights,
+                self.budget[names[0]],
+                importance_in=torch.stack([tensors[f"{name}.input"] for name in names]),
+                importance_out=torch.stack([tensors[f"{name}.output"] for name in names]),
+                iterations=self.settings.iterations,
+                seed=self.settings.seed,
+            )
+        except ValueError as error:
+            raise DBFError(f"{', '.join(names)}: {error}") from None
+        seconds = (time.monotonic() - begin) / len(names)
+        return [(n, f, e, seconds) for n, f, e in zip(names, factors, errors.tolist(), strict=True)]
+
+    def tune(self) -> None:
+        s, work = self.settings, self.work
+        if work.has("final.safetensors"):
+            self.screen.line("tuning: done before")
+            return
+        if s.tune == "none":
+            scales = {name: work.scales(name) for name in work.linears()}
+            flat = {f"{name}.{scale}": value.half() for name, s in scales.items() for scale, value in s.items()}
+            work.write_tensors("final.safetensors", flat)
+            return
+        begin = time.monotonic()
+        teacher, student = self.load_dense(), self.load_dense()
+        apply_work(student, work, self.dtype)
+        student.set_input_embeddings(teacher.get_input_embeddings())  # one copy in memory
+        student.set_output_embeddings(teacher.get_output_embeddings())
+        with self.screen.progress("tuning", None) as update:
+
+            def report(p: distill.Progress) -> None:
+                if p.held_out is not None:
+                    self.screen.line(
+                        f"tuning {p.step}/{p.steps or '?'}  kl {p.kl:.4f}  held out {p.held_out:.4f}  "
+                        f"best {p.best:.4f}  {(time.monotonic() - begin) / 60:.1f} min"
+                    )
+                update(p.step, p.steps)
+
+            final = distill.distill(
+                student,
+                teacher,
+                self.tuning_windows,
+                work,
+                lr=s.tune_lr,
+                seed=s.seed,
+                tokens=s.tune_tokens,
+                minutes=s.tune_minutes,
+                report=report,
+            )
+        work.write_tensors("final.safetensors", final)
+
+    def export(self, output: Path) -> None:
+        """Writes the GGUF; seconds for a small model, so it is always done anew."""
+        s = self.settings
+        recorded = {"embedding_type": s.embedding_type, "output_type": s.output_type}
+        for stage in ("importance", "factorization", "tuning"):
+            recorded |= self.work.manifest["settings"][stage]
+        self.screen.line(f"writing {output}")
+        write_gguf(
+            output,
+            self.source.folder,
+            work=self.work,
+            embedding_type=s.embedding_type,
+            output_type=s.output_type,
+            llama_cpp=self.tree,
+            tokenizer_gguf=self.source.gguf,
+            name=self.source.name,
+            source=self.source.origin,
+            settings=recorded,
+        )
+
+    # --- what came out
+
+    def evaluate(self) -> None:
+        """Perplexity of the dense and of the compressed model in PyTorch, into the manifest."""
+        s, work = self.settings, self.work
+        if not s.eval_windows:
+            return
+        windows = self.evaluation_windows
+        bos = _leading_bos(self.tokenizer)
+        model = self.load_dense()
+        with self.screen.progress("perplexity", 2 * len(windows)) as update:
+            dense = perplexity(model, windows, bos, update)
+            apply_work(model, work, self.dtype)
+            compressed = perplexity(model, windows, bos, lambda done: update(len(windows) + done))
+        work.manifest["perplexity"] = {"windows": len(windows), "dense": dense, "compressed": compressed}
+        work.save()
+
+    def summary(self, output: Path, seconds: float) -> None:
+        with GGUFFile(output) as file:
+            linears = file.linears()
+            dense = [t for t in file.tensors.values() if t.name.rpartition(".")[2] not in PARTS]
+            weights = sum(self.shapes[name][0] * self.shapes[name][1] for name in self.budget)
+            weights += sum(t.n_elements for t in dense)
+            size = output.stat().st_size
+            # the same file with the linears and the other matrices in F16: metadata, norms in F32, all else two bytes
+            stored = sum(t.nbytes for t in file.tensors.values())
+            norms = sum(t.n_elements for t in dense if len(t.ne) == 1)
+            f16 = size - stored + 2 * (weights - norms) + 4 * norms
+        assert len(linears) == len(self.budget), "the file lacks linears"
+        line = self.screen.line
+        bits = bits_per_weight(self.shapes, self.budget)
+        line(f"bits a weight  {bits:.3f} over the linears, {8 * size / weights:.3f} over the whole file")
+        line(f"size           {size / 2**20:.1f} MiB, F16 {f16 / 2**20:.1f} MiB ({f16 / size:.1f} times)")
+        if self.settings.eval_windows:
+            p = self.work.manifest["perplexity"]
+            line(
+                f"perplexity     dense {p['dense']:.2f}, compressed {p['compressed']:.2f} "
+                f"({p['compressed'] / p['dense']:.2f} times), {p['windows']} windows of {EVALUATION_LENGTH} tokens"
+            )
+        line(f"peak memory    {_peak_memory(self.settings.device)}")
+        line(f"time           {seconds / 60:.1f} min")
+        line(f"written        {output}")
+
+
+def gguf_name(name: str) -> str:
+    """The linear's name in the GGUF file: "blk.7.ffn_up" for "model.layers.7.mlp.up_proj"."""
+    mapped = _tensor_names().get_name(name)
+    return mapped or name
+
+
+@lru_cache(maxsize=1)
+def _tensor_names():
+    return gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 1000)
+
+
+def _leading_bos(tokenizer) -> int | None:
+    """The token that the tokenizer puts before a text, if it does."""
+    ids = tokenizer("a")["input_ids"]
+    return ids[0] if ids and ids[0] == tokenizer.bos_token_id else None
+
+
+def _physical_memory() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _peak_memory(device: str) -> str:
+    """Of this process and of its largest child, the GGUF writer; of the GPU beside it."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    peak = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)) * unit
+    text = f"{peak / 2**30:.1f} GiB"
+    if device.startswith("cuda"):
+        text += f", GPU {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB"
+    return text
+
+
+def _elements(path: Path) -> int:
+    """Weights in a safetensors file."""
+    with safe_open(str(path), "pt") as f:
+        return sum(math.prod(f.get_slice(name).get_shape()) for name in f.keys())  # noqa: SIM118, it is no mapping
+
+
+def _fingerprint(files: dict[str, Path]) -> str:
+    """Short digest of the weights: names, shapes, and a sample of every file's bytes rather than all of them."""
+    digest = hashlib.sha256()
+    for path in sorted(set(files.values())):
+        size = path.stat().st_size
+        with open(path, "rb") as f:
+            for part in range(FINGERPRINT_SAMPLES):
+                f.seek(size * part // FINGERPRINT_SAMPLES)
+                digest.update(f.read(FINGERPRINT_BYTES))
+        digest.update(f"{path.name} {size}".encode())
+    return digest.hexdigest()[:16]
