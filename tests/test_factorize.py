@@ -7,6 +7,7 @@ The comparison on real matrices, with times: python bench/factorize.py
 import functools
 import importlib.util
 import math
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -153,6 +154,18 @@ def test_same_seed_same_bits():
     for name in ("signs_a", "signs_b", *SCALES):
         assert torch.equal(getattr(results[0], name), getattr(results[1], name)), name
     assert not torch.equal(results[0].signs_a, results[2].signs_a)
+
+
+def test_python_threads_change_nothing():
+    """`convert` factorizes several linears at once, each in its own Python thread."""
+    ws = [weight(96, 128, seed) for seed in range(4)]
+    serial = [one(w, 64, iterations=QUICK) for w in ws]
+    with ThreadPoolExecutor(2) as pool:
+        pooled = list(pool.map(lambda w: one(w, 64, iterations=QUICK), ws))
+    for (expected, expected_error), (found, found_error) in zip(serial, pooled, strict=True):
+        assert found_error == expected_error
+        for name in ("signs_a", "signs_b", *SCALES):
+            assert torch.equal(getattr(found, name), getattr(expected, name)), name
 
 
 def test_does_not_touch_its_inputs_nor_the_random_state():
