@@ -1,6 +1,7 @@
 """The work folder: everything a convert has finished so far, so that it can be killed at any moment and go on.
 
     manifest.json                the settings of each stage and what is done (JSON, replaced atomically)
+    windows.safetensors          calibration and tuning text as token ids, int32 [count, length]
     importance.safetensors       <linear>.input [n_in], <linear>.output [n_out]: RMS of activations and output gradients
     linears/<linear>.safetensors one factorized linear: signs_a, signs_b (packed, uint8), scale_{a,m,b} (float32)
     tuning.safetensors           the last tuning snapshot (parameters, optimizer, best state)
@@ -68,7 +69,8 @@ class WorkFolder:
     @classmethod
     def create(cls, path: Path) -> "WorkFolder":
         """A new, empty work folder at `path`. Raises DBFError when something else lies there."""
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        # a run killed before its first manifest leaves only hidden files
+        if path.exists() and (not path.is_dir() or any(not p.name.startswith(".") for p in path.iterdir())):
             raise DBFError(f"{path} exists and is no work folder: name another with --work")
         work = cls(path, {"format": FORMAT, "tool_version": __version__, "settings": {}, "linears": {}})
         work.save()

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
@@ -73,11 +73,14 @@ def linear_shapes(folder: Path) -> dict[str, tuple[int, int]]:
 
 
 def weight_files(folder: Path) -> dict[str, Path]:
-    """The safetensors file that holds each tensor of a Hugging Face folder."""
+    """The safetensors file that holds each tensor of a Hugging Face folder. Raises DBFError for a damaged one."""
     found = {}
     for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(str(path), "pt") as f:
-            found |= dict.fromkeys(f.keys(), path)
+        try:
+            with safe_open(str(path), "pt") as f:
+                found |= dict.fromkeys(f.keys(), path)
+        except SafetensorError as error:
+            raise DBFError(f"{path} is damaged ({error}): fetch the model again") from None
     return found
 
 

@@ -2,8 +2,8 @@
 
     check -> importance -> factorization -> tuning -> GGUF -> evaluation
 
-All that can be refused is refused in `check`, before anything large is computed. A stage first claims the settings it
-depends on in the work folder, so that a folder is never continued under other ones.
+All that can be refused is refused in `check`, before anything large is computed. The settings are recorded in the work
+folder, and a folder is never continued under other ones.
 """
 
 import hashlib
@@ -22,6 +22,7 @@ from pathlib import Path
 import gguf
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file
 
 from . import calibration, distill, importance
 from .budget import bits_per_weight, linear_bits, uniform_budget
@@ -29,6 +30,7 @@ from .checkpoint import WorkFolder
 from .errors import DBFError
 from .evaluate import perplexity
 from .factorize import factorize
+from .fetch import sha256_of
 from .gguf_file import PARTS, GGUFFile
 from .gguf_writer import check_model_dir, check_types, write_gguf
 from .llama_cpp import source_tree
@@ -38,6 +40,7 @@ from .source import ModelSource, context_length
 
 EVALUATION_LENGTH = 512  # tokens in an evaluation window
 CHARACTERS_PER_TOKEN = 6  # an upper bound on English text, for how much of a hub dataset is streamed
+WINDOWS = "windows.safetensors"
 MINUTES_POOL = 2_000_000  # tokens to tune on, when the bound is minutes
 FINGERPRINT_SAMPLES, FINGERPRINT_BYTES = 64, 1 << 16
 GROUPED = ("cuda", "mps")  # devices on which equal-shaped linears of a block are factorized in one batch
@@ -72,7 +75,7 @@ def convert(source: ModelSource, model: str, output: Path, work_dir: Path, setti
     """
     begin = time.monotonic()
     torch.set_num_threads(settings.threads)
-    job = _Job(source, settings, screen)
+    job = Job(source, settings, screen)
     job.check(output, work_dir)
     try:
         with _work_folder(work_dir) as work:
@@ -116,7 +119,7 @@ def workers_for(threads: int, n_out: int, n_in: int, k: int, memory: int) -> int
     return max(1, min(threads, memory // 2 // each))
 
 
-class _Job:
+class Job:
     """One convert: its inputs, and one method a stage."""
 
     def __init__(self, source: ModelSource, settings: Settings, screen: Screen):
@@ -149,7 +152,7 @@ class _Job:
         except Exception as error:  # transformers, tokenizers and sentencepiece each have their own
             reason = (str(error).splitlines() or [""])[0]
             raise DBFError(f"the tokenizer of {self.source.name} cannot be loaded: {reason}") from None
-        self._read_texts()
+        self._read_texts(work_dir)
 
     def _check_disk(self, output: Path, work_dir: Path) -> None:
         """Raises DBFError where the results would not fit, or the places cannot be written."""
@@ -159,12 +162,11 @@ class _Job:
             raise DBFError(f"cannot write {output}: it is a folder")
         done = sum(path.stat().st_size for path in work_dir.rglob("*") if path.is_file()) if work_dir.is_dir() else 0
         needs: dict[int, list] = {}  # by disk
-        for place, size in ((output.parent, linears + dense), (work_dir, int(1.2 * linears) - done)):
-            try:
-                place.mkdir(parents=True, exist_ok=True)
-                entry = needs.setdefault(place.stat().st_dev, [place, 0, shutil.disk_usage(place).free])
-            except OSError as error:
-                raise DBFError(f"cannot write to {place}: {error.strerror or error}") from None
+        for folder, size in ((output.parent, linears + dense), (work_dir, int(1.2 * linears) - done)):
+            place = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
+            if not place.is_dir() or not os.access(place, os.W_OK):
+                raise DBFError(f"cannot write to {folder}: {place} is {'not writable' if place.is_dir() else 'a file'}")
+            entry = needs.setdefault(place.stat().st_dev, [folder, 0, shutil.disk_usage(place).free])
             entry[1] += max(0, size)
         for place, size, free in needs.values():
             if size > free:
@@ -173,21 +175,16 @@ class _Job:
                     f"{free / 2**20:,.0f} MiB are free"
                 )
 
-    def _read_texts(self) -> None:
-        """Calibration, tuning and evaluation windows. A begun work folder brings its own of the first two."""
+    def _read_texts(self, work_dir: Path) -> None:
+        """Calibration, tuning and evaluation windows. A begun work folder has the first two: no text is read again."""
         s = self.settings
-        tune_tokens = 0
-        if s.tune == "scales":
-            tune_tokens = s.tune_tokens if s.tune_tokens is not None else MINUTES_POOL
-        need = CHARACTERS_PER_TOKEN * max(s.calib_sequences * s.seq_len, tune_tokens + distill.HELD_OUT_TOKENS)
-        self.text = calibration.read_text(s.calib, need)
-        self.calib = s.calib
-        if Path(s.calib).expanduser().is_file():
-            self.calib = f"{Path(s.calib).name} {hashlib.sha256(self.text.encode()).hexdigest()[:12]}"
-        self.calibration_windows = calibration.windows(self.tokenizer, self.text, s.seq_len, s.calib_sequences, s.seed)
-        if tune_tokens:
-            count = -(-(tune_tokens + distill.HELD_OUT_TOKENS) // s.tune_seq_len)
-            self.tuning_windows = calibration.windows(self.tokenizer, self.text, s.tune_seq_len, count, s.seed)
+        self.calib, path = s.calib, Path(s.calib).expanduser()
+        if path.is_file():
+            self.calib = f"{path.name} {sha256_of(path)[:12]}"
+        if (work_dir / WINDOWS).exists():
+            self.windows = load_file(str(work_dir / WINDOWS))
+        else:
+            self.windows = self._cut_windows()
         if s.eval_windows:
             try:
                 text = calibration.wiki_text("evaluation")
@@ -197,21 +194,37 @@ class _Job:
                 self.tokenizer, text, EVALUATION_LENGTH, s.eval_windows
             )
 
+    def _cut_windows(self) -> dict[str, torch.Tensor]:
+        """ "calibration" [calib_sequences, seq_len] and, where tuning follows, "tuning" [count, tune_seq_len], int32."""
+        s = self.settings
+        tokens = 0
+        if s.tune == "scales":
+            tokens = distill.HELD_OUT_TOKENS + (MINUTES_POOL if s.tune_tokens is None else s.tune_tokens)
+        text = calibration.read_text(s.calib, CHARACTERS_PER_TOKEN * max(s.calib_sequences * s.seq_len, tokens))
+        windows = {"calibration": (s.seq_len, s.calib_sequences)}
+        if tokens:
+            windows["tuning"] = (s.tune_seq_len, math.ceil(tokens / s.tune_seq_len))
+        return {
+            name: calibration.windows(self.tokenizer, text, length, count, s.seed).int()
+            for name, (length, count) in windows.items()
+        }
+
     def claim(self, model: str) -> None:
         """Refuses a work folder that was begun under other settings. What only the export uses may change."""
         s, work = self.settings, self.work
-        work.claim("model", {"model": self.source.origin, "weights": _fingerprint(self.files)})
-        calib = {"calib": self.calib, "calib_sequences": s.calib_sequences, "seq_len": s.seq_len, "seed": s.seed}
-        work.claim("importance", calib | {"threads": s.threads, "device": s.device})
-        work.claim("factorization", {"bits": s.bits, "iterations": s.iterations})
-        tune = {"tune": s.tune}
+        self.claimed = {"bits": s.bits, "iterations": s.iterations, "seed": s.seed, "device": s.device}
+        self.claimed |= {"threads": s.threads}  # sums are split by them, so the last bits depend on their number
+        self.claimed |= {"calib": self.calib, "calib_sequences": s.calib_sequences, "seq_len": s.seq_len}
+        self.claimed |= {"tune": s.tune}
         if s.tune == "scales":
-            tune |= {"tune_tokens": s.tune_tokens, "tune_minutes": s.tune_minutes}
-            tune |= {"tune_seq_len": s.tune_seq_len, "lr": s.tune_lr}
-        work.claim("tuning", tune)
+            self.claimed |= {"tune_tokens": s.tune_tokens, "tune_minutes": s.tune_minutes}
+            self.claimed |= {"tune_seq_len": s.tune_seq_len, "tune_lr": s.tune_lr}
+        work.claim("convert", self.claimed | {"model": self.source.origin, "weights": _fingerprint(self.files)})
         work.manifest["model"] = str(Path(model).expanduser().absolute()) if Path(model).exists() else model
         work.manifest["budget"] = self.budget
         work.save()
+        if not work.has(WINDOWS):
+            work.write_tensors(WINDOWS, self.windows)
 
     # --- stages
 
@@ -223,7 +236,7 @@ class _Job:
             self.screen.line("importance: done before")
             return
         begin = time.monotonic()
-        windows = self.calibration_windows
+        windows = self.windows["calibration"].long()
         with self.screen.progress("importance", len(windows)) as update:
             tensors = importance.measure(self.load_dense(), windows, update)
         self.work.write_tensors("importance.safetensors", tensors)
@@ -235,7 +248,7 @@ class _Job:
         done = len(work.linears())
         if done:
             self.screen.line(f"factorization: {done} of {total} linears done before")
-        pending = [unit for unit in self._units() if any(name not in work.manifest["linears"] for name in unit)]
+        pending = [unit for unit in self.units() if any(name not in work.manifest["linears"] for name in unit)]
         if not pending:
             return
         tensors = work.read_tensors("importance.safetensors")
@@ -265,7 +278,7 @@ class _Job:
                 raise
         torch.set_num_threads(threads)
 
-    def _units(self) -> list[list[str]]:
+    def units(self) -> list[list[str]]:
         """The linears that are factorized together: one by one on a CPU, on other devices equal ones of a block.
 
         A unit is done again as a whole, because the arithmetic of a batch may depend on its size.
@@ -328,7 +341,7 @@ class _Job:
             final = distill.distill(
                 student,
                 teacher,
-                self.tuning_windows,
+                self.windows["tuning"].long(),
                 work,
                 lr=s.tune_lr,
                 seed=s.seed,
@@ -341,9 +354,6 @@ class _Job:
     def export(self, output: Path) -> None:
         """Writes the GGUF; seconds for a small model, so it is always done anew."""
         s = self.settings
-        recorded = {"embedding_type": s.embedding_type, "output_type": s.output_type}
-        for stage in ("importance", "factorization", "tuning"):
-            recorded |= self.work.manifest["settings"][stage]
         self.screen.line(f"writing {output}")
         write_gguf(
             output,
@@ -355,7 +365,7 @@ class _Job:
             tokenizer_gguf=self.source.gguf,
             name=self.source.name,
             source=self.source.origin,
-            settings=recorded,
+            settings=self.claimed | {"embedding_type": s.embedding_type, "output_type": s.output_type},
         )
 
     # --- what came out
@@ -366,7 +376,7 @@ class _Job:
         if not s.eval_windows:
             return
         windows = self.evaluation_windows
-        bos = _leading_bos(self.tokenizer)
+        bos = leading_bos(self.tokenizer)
         model = self.load_dense()
         with self.screen.progress("perplexity", 2 * len(windows)) as update:
             dense = perplexity(model, windows, bos, update)
@@ -390,7 +400,7 @@ class _Job:
         line = self.screen.line
         bits = bits_per_weight(self.shapes, self.budget)
         line(f"bits a weight  {bits:.3f} over the linears, {8 * size / weights:.3f} over the whole file")
-        line(f"size           {size / 2**20:.1f} MiB, F16 {f16 / 2**20:.1f} MiB ({f16 / size:.1f} times)")
+        line(f"size           {size / 2**20:.2f} MiB, F16 {f16 / 2**20:.2f} MiB ({f16 / size:.1f} times)")
         if self.settings.eval_windows:
             p = self.work.manifest["perplexity"]
             line(
@@ -413,7 +423,7 @@ def _tensor_names():
     return gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 1000)
 
 
-def _leading_bos(tokenizer) -> int | None:
+def leading_bos(tokenizer) -> int | None:
     """The token that the tokenizer puts before a text, if it does."""
     ids = tokenizer("a")["input_ids"]
     return ids[0] if ids and ids[0] == tokenizer.bos_token_id else None

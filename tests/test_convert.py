@@ -1,0 +1,447 @@
+"""`dbf-gguf convert` from end to end on a tiny random model: what it writes and prints, kill and resume, refusals.
+
+    python -m pytest tests/test_convert.py
+"""
+
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import dbf_gguf
+from dbf_gguf import cli, pipeline
+from dbf_gguf.checkpoint import WorkFolder
+from dbf_gguf.cli.convert import resolve_settings
+from dbf_gguf.gguf_file import GGUFFile
+from dbf_gguf.source import ModelSource, resolve
+from dbf_gguf.verify import check_format, check_work
+
+OPTIONS = "--bits 2 --calib-sequences 4 --seq-len 64 --iterations 12 --tune-tokens 30720 --threads 2 --device cpu"
+OPTIONS = [*OPTIONS.split(), "--eval-windows", "0"]
+LINEAR = re.compile(r"blk\.\d+\.\w+ +k=\d+ +\d\.\d\d bits  err 0\.\d{4}  \d+\.\d s")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    """A Llama of two blocks with a real little SentencePiece tokenizer; tied embeddings."""
+    import sentencepiece
+    import transformers
+
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    folder.mkdir()
+    sentence = "the quick brown fox jumps over lazy dogs while seven wizards quietly brew magic potions "
+    sentencepiece.SentencePieceTrainer.Train(
+        sentence_iterator=iter([sentence[i:] + sentence[:i] for i in range(0, len(sentence), 5)]),
+        model_prefix=str(folder / "tokenizer"),
+        vocab_size=288,
+        model_type="bpe",
+        byte_fallback=True,
+        hard_vocab_limit=False,
+        minloglevel=2,
+    )
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "LlamaTokenizer"}))
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=288,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        initializer_range=0.1,
+    )
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory) -> Path:
+    words = [f"{a}{b}" for a in ("brew", "jump", "quick", "fox") for b in ("ing", "s", "ly", "er")]
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text(" ".join(random.Random(1).choices(words, k=30000)))
+    return path
+
+
+@pytest.fixture(scope="module")
+def converted(model, text, tmp_path_factory, patched_tree):
+    """(output, work folder, what was printed) of one uninterrupted run."""
+    folder = tmp_path_factory.mktemp("converted")
+    output = folder / "tiny.gguf"
+    run = start(model, text, output)
+    printed = run.communicate(timeout=300)[0]
+    assert run.returncode == 0, printed
+    return output, folder / "tiny-work", printed
+
+
+def start(model, text, output, *more) -> subprocess.Popen:
+    command = [sys.executable, "-m", "dbf_gguf", "convert", model, "--calib", text, "-o", output, *OPTIONS, *more]
+    return subprocess.Popen(
+        list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+
+
+def fails(monkeypatch, capsys, *arguments) -> str:
+    """The one line that a command in this process ends with; asserts that there is no more, and status 1."""
+    monkeypatch.setattr(sys, "argv", ["dbf-gguf", *map(str, arguments)])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert stop.value.code == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1, error
+    assert error.startswith("dbf-gguf: ")
+    return error
+
+
+# --- the whole way
+
+
+def test_output_is_sound_and_equals_the_work_folder(converted):
+    output, folder, _ = converted
+    with GGUFFile(output) as file:
+        assert check_format(file) == []
+        assert check_work(file, WorkFolder.open(folder)) == []
+        assert len(file.linears()) == 14
+        assert file.get("dbf.source") == "tiny"
+        settings = json.loads(file.get("dbf.settings"))
+    assert settings["bits"] == 2.0
+    assert settings["iterations"] == 12
+    assert str(folder.parent) not in json.dumps(settings)
+    assert [path.name for path in output.parent.iterdir() if path.name.startswith(".")] == []
+
+
+def test_screen(converted):
+    """Settings first, a line per linear, tuning with the held-out KL, totals at the end."""
+    output, folder, printed = converted
+    lines = printed.splitlines()
+    assert lines[0].split() == ["model", "tiny", "(tiny)"]
+    assert len([line for line in lines if LINEAR.fullmatch(line)]) == 14
+    tuning = [float(kl) for kl in re.findall(r"tuning \d+/60 .* held out ([\d.]+)", printed)]
+    assert len(tuning) == 3  # before, after 40 steps, at the end
+    bits = float(re.search(r"bits a weight +([\d.]+) over the linears, [\d.]+ over the whole file", printed)[1])
+    assert abs(bits - 2.0) < 0.05
+    size, f16 = map(float, re.search(r"size +([\d.]+) MiB, F16 ([\d.]+) MiB", printed).groups())
+    assert size == round(output.stat().st_size / 2**20, 2)
+    assert size < f16
+    assert re.search(r"peak memory +\d+\.\d GiB", printed)
+
+
+def test_f16_size_is_that_of_the_reference(converted, model, tmp_path, monkeypatch):
+    printed = converted[2]
+    reference = tmp_path / "f16.gguf"
+    monkeypatch.setattr(sys, "argv", ["dbf-gguf", "reference", str(model), "-o", str(reference)])
+    cli.main()
+    said = float(re.search(r"F16 ([\d.]+) MiB", printed)[1])
+    assert said == pytest.approx(reference.stat().st_size / 2**20, abs=0.02)
+
+
+def test_tuning_made_it_better(converted):
+    kl = [float(value) for value in re.findall(r"held out ([\d.]+)", converted[2])]
+    assert kl[-1] < 0.95 * kl[0]
+
+
+def test_load_gives_the_compressed_model(converted, model):
+    """Its logits are those of the dense model with every linear replaced by the product of its final factors."""
+    _, folder, _ = converted
+    compressed = dbf_gguf.load(folder)
+    work = WorkFolder.open(folder)
+    plain = pipeline.load_dense(model)
+    for name in work.linears():
+        plain.get_submodule(name).weight.data = work.factors(name).dense()
+    for name, value in work.final_norms().items():
+        plain.get_parameter(name).data = value
+    ids = torch.arange(3, 99)[None]
+    with torch.no_grad():
+        expected, found = plain(ids).logits, compressed(ids).logits
+    assert (found - expected).abs().max() < 1e-3 * expected.abs().max()
+
+
+def test_llama_cpp_computes_the_same(converted, text, llama_bin):
+    """llama-perplexity on the file and PyTorch on the work folder agree within 0.5 % on the same tokens."""
+    from transformers import AutoTokenizer
+
+    from dbf_gguf import calibration
+    from dbf_gguf.evaluate import perplexity
+
+    output, folder, _ = converted
+    command = [llama_bin / "llama-perplexity", "-m", output, "-f", text, "-c", "128", "--chunks", "16", "-t", "2"]
+    run = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=120)
+    found = re.search(r"PPL = ([\d.]+)", run.stdout + run.stderr)
+    assert found, run.stderr[-2000:]
+    model = dbf_gguf.load(folder)
+    tokenizer = AutoTokenizer.from_pretrained(resolve(str(WorkFolder.open(folder).manifest["model"])).folder)
+    bos = pipeline.leading_bos(tokenizer)
+    ids = calibration.token_stream(tokenizer, text.read_text())
+    ids = ([bos] if bos is not None else []) + ids  # llama-perplexity puts one before the whole text, too
+    windows = torch.tensor(ids[: 16 * 128]).view(16, 128)
+    assert perplexity(model, windows, bos) == pytest.approx(float(found[1]), rel=5e-3)
+
+
+# --- interrupted
+
+
+@pytest.mark.parametrize("moment", ["importance:", "blk.0.ffn_down", "blk.1.ffn_up", "tuning 40/", "writing"])
+def test_killed_and_resumed_ends_in_the_same_file(moment, converted, model, text, tmp_path):
+    output = tmp_path / "tiny.gguf"
+    run = start(model, text, output)
+    for line in run.stdout:
+        if line.startswith(moment):
+            break
+    else:
+        pytest.fail(f"{moment} was never printed")
+    time.sleep(random.Random(moment).uniform(0, 0.3))
+    os.killpg(run.pid, signal.SIGKILL)
+    run.wait()
+    again = start(model, text, output, "--resume")
+    printed = again.communicate(timeout=300)[0]
+    assert again.returncode == 0, printed
+    if moment != "importance:":
+        assert "importance: done before" in printed
+        assert len([line for line in printed.splitlines() if LINEAR.fullmatch(line)]) < 14
+    assert output.read_bytes() == converted[0].read_bytes()
+
+
+def test_a_begun_folder_is_not_overwritten_unasked(converted, model, text, monkeypatch, capsys):
+    output, folder, _ = converted
+    before = output.read_bytes()
+    error = fails(monkeypatch, capsys, "convert", model, "--calib", text, "-o", output, *OPTIONS)
+    assert f"{folder} holds an earlier convert: --resume" in error
+    assert output.read_bytes() == before
+
+
+def test_changed_settings_are_named(converted, model, text, monkeypatch, capsys):
+    output, folder, _ = converted
+    before = output.read_bytes(), (folder / "manifest.json").read_bytes()
+    more = ["--work", folder, "--bits", "1.5", "--tune-tokens", "9999"]
+    error = fails(monkeypatch, capsys, "convert", model, "--calib", text, "-o", output, *OPTIONS, *more)
+    assert "bits was 2.0, now 1.5" in error
+    assert "tune-tokens was 30720, now 9999" in error
+    assert (output.read_bytes(), (folder / "manifest.json").read_bytes()) == before
+
+
+def test_changed_text_is_noticed(converted, model, tmp_path, monkeypatch, capsys):
+    output, folder, _ = converted
+    other = tmp_path / "text.txt"
+    other.write_text("the quick brown fox " * 9000)
+    more = ["--work", folder, "--calib", other]
+    assert "calib was text.txt " in fails(monkeypatch, capsys, "convert", model, "-o", output, *OPTIONS, *more)
+
+
+def test_two_converts_in_one_folder(converted, model, text, monkeypatch, capsys):
+    import fcntl
+
+    output, folder, _ = converted
+    with open(folder / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        error = fails(monkeypatch, capsys, "convert", model, "--calib", text, "-o", output, "--work", folder, *OPTIONS)
+    assert "another convert is at work" in error
+
+
+# --- refusals
+
+
+def change_config(folder: Path, **changes) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def drop(*names: str):
+    return lambda folder: [(folder / name).unlink() for name in names]
+
+
+BAD_MODELS = {
+    "tokenizer": (drop("tokenizer.model", "tokenizer_config.json"), "no tokenizer"),
+    "experts": (lambda folder: change_config(folder, model_type="mixtral", num_local_experts=8), "mixture of experts"),
+    "architecture": (lambda folder: change_config(folder, model_type="gpt_neox"), "gpt_neox is not supported"),
+    "weights": (drop("model.safetensors"), "no weights in safetensors"),
+    "config": (drop("config.json"), "no config.json"),
+    "width": (lambda folder: change_config(folder, hidden_size=80, head_dim=16), "multiple of 32"),
+    "cut": (lambda f: os.truncate(f / "model.safetensors", 5000), "safetensors"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_MODELS)
+def test_bad_models(kind, model, text, tmp_path, monkeypatch, capsys):
+    spoil, message = BAD_MODELS[kind]
+    folder = tmp_path / "bad"
+    folder.mkdir()
+    for path in model.iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    spoil(folder)
+    error = fails(monkeypatch, capsys, "convert", folder, "--calib", text, "-o", tmp_path / "out.gguf", *OPTIONS)
+    assert message in error
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bad"]
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--bits", "0"], "0 bits a weight cannot be made"),
+        (["--bits", "17"], "17 bits a weight cannot be made"),
+        (["--bits", "nan"], "cannot be made"),
+        (["--seq-len", "4096"], "model's context of 512"),
+        (["--calib", "nothing-here"], "unknown calibration text"),
+        (["--embedding-type", "q9"], "embedding type q9 is unknown"),
+        (["--embedding-type", "q6_k"], "multiple of 256"),
+        (["--device", "abacus"], "torch finds no device abacus"),
+        (["--tune-tokens", "999999", "--seq-len", "500", "--calib", "SHORT"], "too short"),
+    ],
+)
+def test_bad_options(options, message, model, text, tmp_path, monkeypatch, capsys):
+    short = tmp_path / "short.txt"
+    short.write_text("the quick brown fox")
+    options = [short if option == "SHORT" else option for option in options]
+    output = tmp_path / "out.gguf"
+    error = fails(monkeypatch, capsys, "convert", model, "--calib", text, "-o", output, *OPTIONS, *options)
+    assert message in error
+    assert [path.name for path in tmp_path.iterdir()] == ["short.txt"]
+
+
+@pytest.mark.parametrize("name", ["no-such-model", "./nowhere", "missing.gguf"])
+def test_unknown_models(name, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert name in fails(monkeypatch, capsys, "convert", name)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_output_that_is_a_folder(model, text, tmp_path, monkeypatch, capsys):
+    assert "it is a folder" in fails(monkeypatch, capsys, "convert", model, "--calib", text, "-o", tmp_path, *OPTIONS)
+
+
+def test_a_disk_too_small_is_refused_beforehand(model, text, tmp_path, monkeypatch, capsys):
+    real = pipeline.shutil.disk_usage
+
+    def usage(path):
+        return type(real(path))(1 << 30, (1 << 30) - 4096, 4096)
+
+    monkeypatch.setattr(pipeline.shutil, "disk_usage", usage)
+    output = tmp_path / "out.gguf"
+    error = fails(monkeypatch, capsys, "convert", model, "--calib", text, "-o", output, *OPTIONS)
+    assert "is too full" in error
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_weights_that_are_not_finite(model, text, tmp_path, monkeypatch, capsys):
+    from safetensors.torch import load_file, save_file
+
+    folder = tmp_path / "bad"
+    folder.mkdir()
+    for path in model.iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 5] = float("nan")
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    output = tmp_path / "out.gguf"
+    error = fails(monkeypatch, capsys, "convert", folder, "--calib", text, "-o", output, *OPTIONS)
+    assert "not finite" in error
+    assert not output.exists()
+
+
+# --- settings and division of the work
+
+
+def options(**given) -> dict:
+    names = "bits calib calib_sequences seq_len iterations tune tune_tokens tune_minutes embedding_type output_type"
+    return dict.fromkeys(names.split()) | {"threads": None, "seed": 0, "eval_windows": 32} | given
+
+
+def test_recipe_comes_before_defaults_and_options_before_the_recipe(model):
+    from dbf_gguf import recipes
+
+    recipe = recipes.load("smollm2-135m")
+    source = ModelSource("x", model, None, recipe, "x")
+    found = resolve_settings(source, "cpu", options(bits=1.25))
+    assert (found.bits, found.calib, found.iterations) == (1.25, recipe.calib, recipe.iterations)
+    assert found.tune_lr == recipe.tune["lr"]
+    plain = resolve_settings(ModelSource("x", model, None, None, "x"), "cpu", options())
+    assert plain.seq_len == 512  # the model's context is smaller than the default
+    assert plain.tune == "scales"
+
+
+def test_one_tuning_bound_replaces_the_recipes_other_one(model):
+    from dbf_gguf import recipes
+
+    source = ModelSource("x", model, None, recipes.load("llama2-7b"), "x")
+    assert resolve_settings(source, "cpu", options()).tune_tokens is not None
+    found = resolve_settings(source, "cpu", options(tune_minutes=3.0))
+    assert (found.tune_minutes, found.tune_tokens) == (3.0, None)
+    none = resolve_settings(source, "cpu", options(tune="none"))
+    assert (none.tune_minutes, none.tune_tokens) == (None, None)
+
+
+def test_workers_fit_into_memory():
+    small = dict(n_out=576, n_in=576, k=576)
+    assert pipeline.workers_for(8, **small, memory=16 << 30) == 8
+    large = dict(n_out=11008, n_in=4096, k=5971)
+    assert 1 <= pipeline.workers_for(16, **large, memory=16 << 30) < 8
+    assert pipeline.workers_for(16, **large, memory=1 << 20) == 1
+
+
+def test_equal_linears_of_a_block_go_together_on_a_gpu():
+    job = pipeline.Job(None, type("Settings", (), {"device": "cpu"}), None)
+    names = [f"model.layers.{i}.mlp.{kind}" for i in (0, 1) for kind in ("gate_proj", "up_proj", "down_proj")]
+    job.shapes = {name: (96, 64) if "down" not in name else (64, 96) for name in names}
+    job.budget = dict.fromkeys(names, 64)
+    job.settings.device = "cuda"
+    assert job.units() == [names[0:2], names[2:3], names[3:5], names[5:6]]
+    job.settings.device = "cpu"
+    assert job.units() == [[name] for name in names]
+
+
+def test_the_result_does_not_depend_on_the_order_of_the_linears(converted, model):
+    """What a pool of threads wrote equals the linears factorized one after the other."""
+    from dbf_gguf.factorize import factorize
+    from dbf_gguf.factors import pack_signs
+
+    _, folder, _ = converted
+    work = WorkFolder.open(folder)
+    tensors = work.read_tensors("importance.safetensors")
+    dense = pipeline.load_dense(model)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        for name in work.linears()[::4]:
+            (found,), error = factorize(
+                dense.get_submodule(name).weight.detach()[None],
+                work.manifest["budget"][name],
+                importance_in=tensors[f"{name}.input"][None],
+                importance_out=tensors[f"{name}.output"][None],
+                iterations=12,
+            )
+            assert work.manifest["linears"][name]["error"] == error.item()
+            signs_a, signs_b = work.packed_signs(name)
+            assert (pack_signs(found.signs_a) == signs_a).all()
+            assert (pack_signs(found.signs_b) == signs_b).all()
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_uncompressed_tune_none(model, text, tmp_path, monkeypatch, capsys):
+    """Without tuning the scales are those of the factorization, rounded to float16."""
+    output = tmp_path / "plain.gguf"
+    arguments = ["convert", model, "--calib", text, "-o", output, *OPTIONS, "--tune", "none"]
+    monkeypatch.setattr(sys, "argv", ["dbf-gguf", *map(str, arguments)])
+    cli.main()
+    printed = capsys.readouterr().out
+    assert "tuning" not in printed
+    with GGUFFile(output) as file:
+        assert check_format(file) == []
+        assert check_work(file, WorkFolder.open(tmp_path / "plain-work")) == []
+        assert file.get("dbf.bits_per_weight") == pytest.approx(2.0, abs=0.05)
+
+
+def test_help_names_every_option_in_a_group():
+    from dbf_gguf.cli.convert import GROUPS, command
+
+    grouped = [name for names in GROUPS.values() for name in names]
+    declared = [p.name for p in command.params if p.name != "model"]
+    assert sorted(grouped) == sorted(declared)
