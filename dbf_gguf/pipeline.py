@@ -195,7 +195,7 @@ class Job:
             )
 
     def _cut_windows(self) -> dict[str, torch.Tensor]:
-        """ "calibration" [calib_sequences, seq_len] and, where tuning follows, "tuning" [count, tune_seq_len], int32."""
+        """`calibration` [calib_sequences, seq_len] and, if tuning follows, `tuning` [count, tune_seq_len], int32."""
         s = self.settings
         tokens = 0
         if s.tune == "scales":
