@@ -129,14 +129,14 @@ def distill(
     held_out, training = windows[:n_held_out], windows[n_held_out:]
     if len(training) < batch:
         raise DBFError(
-            f"the calibration text holds only {len(windows)} windows of {length} tokens, tuning needs "
-            f"{batch + 1}: give a longer text or --tune none"
+            f"the calibration text is too short to tune on: {len(windows)} windows of {length} tokens leave "
+            f"{len(training)} beside those held out, one step takes {batch}: give a longer text or --tune none"
         )
     steps = None if tokens is None else max(1, math.ceil(tokens / (batch * length)))
     run = _Run(student, teacher, work, batch, seed)
     run.restore()
-    if minutes is not None and run.step > max(TIMED):
-        steps = work.manifest["tuning"]["steps"]
+    if "tuning" in work.manifest:  # the minutes were turned into steps before
+        minutes, steps = None, work.manifest["tuning"]["steps"]
 
     timed = []
     with checkpointing(student, _activation_bytes(student, batch * length) > CHECKPOINT_ABOVE):

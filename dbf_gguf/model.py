@@ -44,13 +44,33 @@ class DBFLinear(nn.Module):
 
 
 def load_dense(folder: Path, dtype: torch.dtype = torch.float32, device: str = "cpu"):
-    """The model of a local Hugging Face folder, frozen, in eval mode. Raises DBFError when it cannot be loaded."""
-    try:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
-        raise DBFError(f"{folder} cannot be loaded as a model: {str(error).splitlines()[0]}") from None
+    """The model of a local Hugging Face folder, frozen, in eval mode, without dropout.
+
+    Raises DBFError when it cannot be loaded or lacks weights.
+    """
+    with _one_line(folder):
+        model, report = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, local_files_only=True, output_loading_info=True
+        )
+    if report["missing_keys"]:  # transformers would go on with random ones
+        raise DBFError(f"{folder} has no weight {sorted(report['missing_keys'])[0]}: it is incomplete")
+    for module in model.modules():  # gradient checkpointing needs the training mode, in which dropout would be random
+        if hasattr(module, "attention_dropout"):
+            module.attention_dropout = 0.0
     model.requires_grad_(False)
     return model.eval().to(device)
+
+
+@contextmanager
+def _one_line(folder: Path):
+    """Turns what transformers, safetensors and config validation raise, each types of their own, into a DBFError."""
+    try:
+        yield
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [""])[0]
+        raise DBFError(f"{folder} cannot be loaded as a model ({type(error).__name__}: {reason})") from None
 
 
 def block_linears(model) -> dict[str, nn.Linear]:
@@ -63,12 +83,8 @@ def block_linears(model) -> dict[str, nn.Linear]:
 
 def linear_shapes(folder: Path) -> dict[str, tuple[int, int]]:
     """(n_out, n_in) of every block linear, from the config alone. Raises DBFError when transformers refuses it."""
-    try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True)
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
-        raise DBFError(f"{folder} cannot be loaded as a model: {str(error).splitlines()[0]}") from None
+    with _one_line(folder), torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder, local_files_only=True))
     return {name: tuple(module.weight.shape) for name, module in block_linears(model).items()}
 
 
@@ -107,9 +123,10 @@ def checkpointing(model, enabled: bool = True):
     if not enabled:
         yield
         return
-    # transformers renames the pair in version 6, and checkpoints only in training mode; there is no dropout here
+    # transformers renames the pair in version 6, and checkpoints only in training mode (`load_dense` stops dropout)
     prefix = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
     getattr(model, f"{prefix}_checkpointing_enable")(**{f"{prefix}_checkpointing_kwargs": {"use_reentrant": False}})
+    model.disable_input_require_grads()  # hooks on the embeddings that only the reentrant kind needs
     model.train()
     try:
         yield

@@ -1,8 +1,12 @@
 """Session fixtures that more than one test file needs. Both are slow once and fast ever after: the cache keeps them."""
 
+import os
+
 import pytest
 
-from dbf_gguf import llama_cpp
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is loaded; see dbf_gguf/cli/convert.py
+
+from dbf_gguf import llama_cpp  # noqa: E402
 
 
 @pytest.fixture(scope="session")

@@ -77,6 +77,10 @@ def command(model: str, output: Path | None, work: Path | None, resume: bool, **
     MODEL is a recipe name (`dbf-gguf recipes`), a Hugging Face id, a local folder with safetensors, or a .gguf file.
     What is not given comes from the recipe. Killed or interrupted, the same command with --resume goes on.
     """
+    # OpenMP threads that wait by spinning slow each other tenfold as soon as another program wants a core, and a long
+    # convert is not alone. Must be set before torch is loaded.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
     from ..budget import uniform_budget
     from ..pipeline import convert
     from ..screen import Screen
