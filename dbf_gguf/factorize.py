@@ -69,9 +69,12 @@ class _Side:
         """Moves this factor against `fixed` [batch, k, d], whose rows have unit length."""
         gram = torch.bmm(fixed, fixed.transpose(1, 2), out=self.gram)
         torch.bmm(fixed, self.target, out=self.right)
-        shifted = gram.to(torch.float32, copy=True)
-        shifted.diagonal(dim1=1, dim2=2).add_(RIDGE + rho)
-        inverse = torch.cholesky_inverse(torch.linalg.cholesky_ex(shifted)[0]).to(fixed.dtype)
+        root = _cholesky(gram.to(torch.float32, copy=True), RIDGE + rho)
+        # No pivot can be below λ + ρ. Where rows are nearly parallel, rounding G to bfloat16 can make it indefinite.
+        broken = ~(root.diagonal(dim1=1, dim2=2).amin(dim=1) > 0.7 * (RIDGE + rho) ** 0.5)
+        if broken.any():
+            root[broken] = _cholesky(fixed[broken].float() @ fixed[broken].float().transpose(1, 2), RIDGE + rho)
+        inverse = torch.cholesky_inverse(root).to(fixed.dtype)
         torch.add(self.right, self.d, alpha=rho, out=self.work)
         torch.bmm(inverse, self.work, out=self.s)
         self._project(turn=False)
@@ -118,6 +121,12 @@ class _Side:
         torch.mul(self.unit, low_row, out=self.d).sub_(self.u)
 
 
+def _cholesky(gram: torch.Tensor, shift: float) -> torch.Tensor:
+    """Lower factor of G + shift · I, float32 `[batch, k, k]`; nonsense where that is indefinite. Overwrites G."""
+    gram.diagonal(dim1=1, dim2=2).add_(shift)
+    return torch.linalg.cholesky_ex(gram)[0]
+
+
 def factorize(
     weight: torch.Tensor,
     k: int,
@@ -135,7 +144,7 @@ def factorize(
     the seed, the device and its thread count only.
 
     Returns the factors (scales float32, on the weights' device) and the relative squared error ‖W'−Ŵ'‖² / ‖W'‖² of
-    each, `[batch]`, under the importances. Raises ValueError for non-finite weights.
+    each, `[batch]`, under the importances. Raises ValueError for weights that are not finite or make it diverge.
     """
     if not torch.isfinite(weight).all():
         raise ValueError("the weight has values that are not finite")
@@ -157,6 +166,12 @@ def factorize(
         side_a.half_step(fixed, rho)
         side_b.half_step(side_a.unit, rho)
         fixed = side_b.unit
+
+    if not all(torch.isfinite(side.row).all() for side in (side_a, side_b)):
+        if dtype == torch.float32:
+            raise ValueError("the factorization does not converge on this weight")
+        options = {"importance_in": importance_in, "importance_out": importance_out, "seed": seed}
+        return factorize(weight, k, **options, iterations=iterations, dtype=torch.float32)
 
     signs_a = torch.where(side_a.unit < 0, -1, 1).to(torch.int8).transpose(1, 2)  # [batch, n_out, k]
     signs_b = torch.where(side_b.unit < 0, -1, 1).to(torch.int8)  # [batch, k, n_in]

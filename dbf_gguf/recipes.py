@@ -17,7 +17,7 @@
 
     [tune]                              # defaults of the tuning options
     tune = "scales"
-    tune_minutes = 10                   # or tune_tokens
+    tune_tokens = 100_000               # and tune_minutes: the first bound that is met ends it
     lr = 3e-3                           # relative to each vector's RMS
     seq_len = 256
 
