@@ -38,7 +38,8 @@ def pypi_archive(requirement: str, sha256: str, *, sdist: bool = False) -> Path:
         if path.suffix != ".part":
             return path
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
-    command += ["--no-binary", ":all:"] if sdist else ["--only-binary", ":all:"]
+    # pip asks an sdist for its metadata, for which it fetches build tools: those as wheels, or it would compile cmake
+    command += ["--no-binary", requirement.partition("==")[0]] if sdist else ["--only-binary", ":all:"]
     with tempfile.TemporaryDirectory(dir=folder, suffix=".part") as tmp:
         run = subprocess.run([*command, "--dest", tmp, requirement], capture_output=True, text=True)
         files = list(Path(tmp).iterdir())

@@ -54,6 +54,13 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
+@pytest.fixture(autouse=True)
+def step_of_512_tokens(monkeypatch):
+    """The counts below are made for it, whatever the module's own figures are."""
+    monkeypatch.setattr(distill_module, "STEP_TOKENS", 512)
+    monkeypatch.setattr(distill_module, "HELD_OUT_TOKENS", 4096)
+
+
 SIZES = {
     "vocab_size": VOCABULARY,
     "hidden_size": HIDDEN,
