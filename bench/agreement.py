@@ -81,6 +81,8 @@ def server(model: Path):
                 if process.poll() is not None:
                     sys.exit("llama-server ended before it answered")
                 time.sleep(0.25)
+        else:
+            sys.exit("llama-server did not answer within a minute")
         yield post
     finally:
         process.terminate()
@@ -88,10 +90,11 @@ def server(model: Path):
 
 
 @torch.no_grad()
-def compare_continuation(model, ids: list[int], theirs: list[int]) -> tuple[int, float]:
+def compare_continuation(model, ids: list[int], theirs: list[int], banned: list[int]) -> tuple[int, float]:
     """How many tokens of llama.cpp's continuation are PyTorch's own choice, and by how much PyTorch prefers another
-    token at the first that is not (0 if all agree)."""
+    token at the first that is not (0 if all agree). `banned`: tokens that end a text, which llama.cpp was denied."""
     logits = model(torch.tensor([ids + theirs])).logits[0, len(ids) - 1 : -1].float()
+    logits[:, banned] = -torch.inf
     for place, (row, token) in enumerate(zip(logits, theirs, strict=True)):
         if row.argmax().item() != token:
             return place, (row.max() - row[token]).item()
@@ -108,8 +111,9 @@ def main() -> int:
     model = dbf_gguf.load(arguments.work)
     tokenizer = AutoTokenizer.from_pretrained(resolve(WorkFolder.open(arguments.work).manifest["model"]).folder)
     text = calibration.wiki_text("evaluation")
-    windows = calibration.evaluation_windows(tokenizer, text, N_CTX, arguments.windows)
-    ours = perplexity(model, windows)
+    bos = calibration.leading_bos(tokenizer)
+    windows = calibration.evaluation_windows(tokenizer, text, N_CTX, arguments.windows, bos)
+    ours = perplexity(model, windows, bos)
     theirs = llama_perplexity(arguments.gguf, text, len(windows))
     difference = theirs / ours - 1
     print(
@@ -117,12 +121,14 @@ def main() -> int:
     )
     good = abs(difference) <= BOUND
 
+    special = dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
+    banned = [special[name] for name in ("<|endoftext|>", "<|im_end|>", "</s>") if name in special]
     with server(arguments.gguf) as post:
         for prompt in PROMPTS:
-            ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+            ids = tokenizer(prompt)["input_ids"]
             body = {"prompt": ids, "n_predict": LENGTH, "temperature": 0, "return_tokens": True, "ignore_eos": True}
             answer = post("/completion", body)
-            agree, gap = compare_continuation(model, ids, answer["tokens"])
+            agree, gap = compare_continuation(model, ids, answer["tokens"], banned)
             where = "all agree" if agree == LENGTH else f"part at token {agree}, logits {gap:.4f} apart"
             print(f"{prompt!r}: {len(answer['tokens'])} tokens, {where}: {answer['content'][:60]!r}")
             good &= gap <= NEAR_TIE

@@ -162,14 +162,25 @@ def windows(tokenizer, text: str, seq_len: int, count: int, seed: int) -> torch.
     return pieces[order[:count]]
 
 
-def evaluation_windows(tokenizer, text: str, seq_len: int, count: int) -> torch.Tensor:
-    """The first `count` windows in the text's order, as llama-perplexity cuts them; LongTensor `[count, seq_len]`."""
-    return _pieces(tokenizer, text, seq_len)[:count]
+def evaluation_windows(tokenizer, text: str, seq_len: int, count: int, bos: int | None = None) -> torch.Tensor:
+    """The first `count` windows in the text's order, as llama-perplexity cuts them; LongTensor `[count, seq_len]`.
+
+    `bos` is the token that llama.cpp puts before a text for this model (`leading_bos`): it shifts all windows by one.
+    """
+    return _pieces(tokenizer, text, seq_len, bos)[:count]
 
 
-def _pieces(tokenizer, text: str, seq_len: int) -> torch.Tensor:
+def leading_bos(tokenizer) -> int | None:
+    """The token that the tokenizer puts before a text, if it does."""
+    ids = tokenizer("a")["input_ids"]
+    return ids[0] if ids and ids[0] == tokenizer.bos_token_id else None
+
+
+def _pieces(tokenizer, text: str, seq_len: int, bos: int | None = None) -> torch.Tensor:
     """The token stream cut into LongTensor `[all, seq_len]`, the rest dropped."""
     ids = token_stream(tokenizer, text)
+    if bos is not None:
+        ids = [bos, *ids]
     if len(ids) < seq_len:
         raise DBFError(
             f"the text is too short: {len(ids):,} tokens ({len(text):,} characters), one window needs {seq_len:,} "

@@ -8,7 +8,7 @@
     final.safetensors            what is exported: <linear>.scale_{a,m,b} (float16) and the tuned norms (float32)
 
 `<linear>` is the Hugging Face module name ("model.layers.3.mlp.up_proj"). A file is written beside its target, flushed
-to the disk and renamed; the manifest names it only afterwards. What the manifest does not name does not exist.
+to the disk and renamed. A linear counts as finished once the manifest names it, the other files once they exist.
 """
 
 import json

@@ -135,6 +135,7 @@ def distill(
     steps = None if tokens is None else max(1, math.ceil(tokens / (batch * length)))
     run = _Run(student, teacher, work, batch, seed)
     run.restore()
+    untimed = steps  # all that the first steps can know, in a resumed run as well
     if "tuning" in work.manifest:  # the minutes were turned into steps before
         minutes, steps = None, work.manifest["tuning"]["steps"]
 
@@ -145,7 +146,7 @@ def distill(
             report(Progress(0, steps, run.best, run.best, run.best))
         while steps is None or run.step < steps:
             begin = time.monotonic()
-            kl = run.train(training, learning_rate(run.step, steps, lr))
+            kl = run.train(training, learning_rate(run.step, untimed if run.step <= max(TIMED) else steps, lr))
             if minutes is not None and run.step - 1 in TIMED:
                 timed.append(time.monotonic() - begin)
                 if run.step - 1 == max(TIMED):

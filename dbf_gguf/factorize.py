@@ -206,7 +206,11 @@ def _refit(w: torch.Tensor, a_signs: torch.Tensor, b_signs: torch.Tensor, a: tor
     diagonal = system.diagonal().mean().clamp_min(TINY)
     system.diagonal().add_(1e-5 * diagonal)
     wanted = ((left.T @ w) * right).sum(dim=1)
-    m = torch.cholesky_solve(wanted[:, None], torch.linalg.cholesky(system))[:, 0]
+    root, broken = torch.linalg.cholesky_ex(system)
+    if broken:  # many equal channels: a ridge above the rounding
+        system.diagonal().add_(1e-2 * diagonal)
+        root = torch.linalg.cholesky(system)
+    m = torch.cholesky_solve(wanted[:, None], root)[:, 0]
     image = (a_signs * m) @ right  # [n_out, n_in], without a
     a = (w * image).sum(dim=1) / image.square().sum(dim=1).clamp_min(TINY)
     image = a[:, None] * ((a_signs * m) @ b_signs)  # without b

@@ -4,6 +4,7 @@
 are held in the dtype they are multiplied in: on a CPU casting them at every call would cost more than the product.
 """
 
+import re
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -66,11 +67,16 @@ def _one_line(folder: Path):
     """Turns what transformers, safetensors and config validation raise, each types of their own, into a DBFError."""
     try:
         yield
-    except (MemoryError, torch.OutOfMemoryError):
-        raise
     except Exception as error:
+        if is_out_of_memory(error):
+            raise
         reason = (str(error).strip().splitlines() or [""])[0]
         raise DBFError(f"{folder} cannot be loaded as a model ({type(error).__name__}: {reason})") from None
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether the memory of any device is exhausted; torch has an exception type for it only on CUDA."""
+    return isinstance(error, MemoryError) or bool(re.search("out of memory|can't allocate memory", str(error)))
 
 
 def block_linears(model) -> dict[str, nn.Linear]:

@@ -2,10 +2,12 @@
 
     check -> importance -> factorization -> tuning -> GGUF -> evaluation
 
-All that can be refused is refused in `check`, before anything large is computed. The settings are recorded in the work
+The file is written and evaluated anew every time.
+All that can be refused is refused before anything large is computed. The settings are recorded in the work
 folder, and a folder is never continued under other ones.
 """
 
+import fcntl
 import hashlib
 import math
 import os
@@ -29,12 +31,12 @@ from .budget import bits_per_weight, linear_bits, uniform_budget
 from .checkpoint import WorkFolder
 from .errors import DBFError
 from .evaluate import perplexity
-from .factorize import factorize
+from .factorize import factorize, product_dtype
 from .fetch import sha256_of
 from .gguf_file import PARTS, GGUFFile
 from .gguf_writer import check_model_dir, check_types, write_gguf
 from .llama_cpp import source_tree
-from .model import apply_work, linear_shapes, load_dense, training_dtype, weight_files
+from .model import apply_work, is_out_of_memory, linear_shapes, load_dense, training_dtype, weight_files
 from .screen import Screen
 from .source import ModelSource, context_length
 
@@ -87,7 +89,9 @@ def convert(source: ModelSource, model: str, output: Path, work_dir: Path, setti
             job.export(output)
             job.evaluate()
             job.summary(output, time.monotonic() - begin)
-    except (MemoryError, torch.OutOfMemoryError):
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
         raise DBFError(
             f"out of memory on {settings.device}: try fewer --threads, a smaller --seq-len, or --device cpu"
         ) from None
@@ -96,18 +100,18 @@ def convert(source: ModelSource, model: str, output: Path, work_dir: Path, setti
 @contextmanager
 def _work_folder(path: Path):
     """The work folder at `path`, new or begun, held for this process alone."""
-    fcntl = None
-    if sys.platform != "win32":
-        import fcntl
-    begun = (path / "manifest.json").exists()
-    work = WorkFolder.open(path) if begun else WorkFolder.create(path)
-    with open(path / ".lock", "w") as lock:
-        if fcntl:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                raise DBFError(f"another convert is at work in {path}: wait for it, or name another --work") from None
-        yield work
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        lock = open(path / ".lock", "w")  # noqa: SIM115, closed below
+    except OSError as error:
+        raise DBFError(f"cannot write to {path}: {error.strerror or error}") from None
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise DBFError(f"another convert is at work in {path}: wait for it, or name another --work") from None
+        begun = (path / "manifest.json").exists()
+        yield WorkFolder.open(path) if begun else WorkFolder.create(path)
 
 
 def workers_for(threads: int, n_out: int, n_in: int, k: int, memory: int) -> int:
@@ -115,7 +119,9 @@ def workers_for(threads: int, n_out: int, n_in: int, k: int, memory: int) -> int
 
     `memory` in bytes. Small products hardly gain from a second thread, so whole linears run side by side instead.
     """
-    each = 12 * n_out * n_in + 16 * k * (n_out + n_in)  # target in two precisions; x, u and four work arrays
+    item = product_dtype(torch.device("cpu")).itemsize
+    # target in two precisions; six work arrays, signs and their float32 products at the end; k x k matrices
+    each = 12 * n_out * n_in + (7 * item + 13) * k * (n_out + n_in) + (6 * item + 12) * k * k
     return max(1, min(threads, memory // 2 // each))
 
 
@@ -125,6 +131,7 @@ class Job:
     def __init__(self, source: ModelSource, settings: Settings, screen: Screen):
         self.source, self.settings, self.screen = source, settings, screen
         self.dtype = training_dtype(settings.device)
+        self.kind = torch.device(settings.device).type
         self.work: WorkFolder  # set once `check` has passed
 
     # --- before anything is computed
@@ -135,7 +142,7 @@ class Job:
         s, folder = self.settings, self.source.folder
         config = check_model_dir(folder, self.source.gguf)
         tied = bool(config.get("tie_word_embeddings"))
-        check_types(s.embedding_type, s.output_type, config["hidden_size"], tied)
+        check_types(s.embedding_type, s.output_type, config.get("hidden_size", 0), tied)
         self.shapes = linear_shapes(folder)
         self.budget = uniform_budget(self.shapes, s.bits)
         self.files = weight_files(folder)
@@ -162,7 +169,8 @@ class Job:
             raise DBFError(f"cannot write {output}: it is a folder")
         done = sum(path.stat().st_size for path in work_dir.rglob("*") if path.is_file()) if work_dir.is_dir() else 0
         needs: dict[int, list] = {}  # by disk
-        for folder, size in ((output.parent, linears + dense), (work_dir, int(1.2 * linears) - done)):
+        scales = sum(n_out + n_in + self.budget[name] for name, (n_out, n_in) in self.shapes.items())
+        for folder, size in ((output.parent, linears + dense), (work_dir, linears + 40 * scales - done)):
             place = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
             if not place.is_dir() or not os.access(place, os.W_OK):
                 raise DBFError(f"cannot write to {folder}: {place} is {'not writable' if place.is_dir() else 'a file'}")
@@ -191,7 +199,7 @@ class Job:
             except DBFError as error:
                 raise DBFError(f"{error}; --eval-windows 0 does without the evaluation text") from None
             self.evaluation_windows = calibration.evaluation_windows(
-                self.tokenizer, text, EVALUATION_LENGTH, s.eval_windows
+                self.tokenizer, text, EVALUATION_LENGTH, s.eval_windows, calibration.leading_bos(self.tokenizer)
             )
 
     def _cut_windows(self) -> dict[str, torch.Tensor]:
@@ -220,7 +228,9 @@ class Job:
             self.claimed |= {"tune_tokens": s.tune_tokens, "tune_minutes": s.tune_minutes}
             self.claimed |= {"tune_seq_len": s.tune_seq_len, "tune_lr": s.tune_lr}
         work.claim("convert", self.claimed | {"model": self.source.origin, "weights": _fingerprint(self.files)})
-        work.manifest["model"] = str(Path(model).expanduser().absolute()) if Path(model).exists() else model
+        path = Path(model).expanduser()
+        local = self.source.recipe is None and path.exists()
+        work.manifest["model"] = str(path.absolute()) if local else model
         work.manifest["budget"] = self.budget
         work.save()
         if not work.has(WINDOWS):
@@ -254,7 +264,7 @@ class Job:
         tensors = work.read_tensors("importance.safetensors")
         threads = self.settings.threads
         workers, each = 1, threads
-        if self.settings.device == "cpu":
+        if self.kind == "cpu":
             memory = _physical_memory()
             workers = min(workers_for(threads, *self.shapes[name], k, memory) for name, k in self.budget.items())
             each = threads // workers
@@ -262,9 +272,9 @@ class Job:
             self.screen.progress("factorization", total, done) as update,
             ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(each,)) as pool,
         ):
-            futures = [pool.submit(self._factorize_unit, unit, tensors) for unit in pending]
             try:
-                for future in as_completed(futures):
+                # no list of the futures is kept: each holds its factors as long as it lives
+                for future in as_completed([pool.submit(self._factorize_unit, unit, tensors) for unit in pending]):
                     for name, factors, error, seconds in future.result():
                         bits = linear_bits(factors.n_out, factors.n_in, factors.k) / (factors.n_out * factors.n_in)
                         record = {"k": factors.k, "error": error, "seconds": round(seconds, 2)}
@@ -285,7 +295,7 @@ class Job:
         """
         units: dict[tuple, list[str]] = {}
         for name, k in self.budget.items():
-            block = name if self.settings.device not in GROUPED else name.split(".")[2]
+            block = name.split(".")[2] if self.kind in GROUPED else name
             units.setdefault((block, self.shapes[name], k), []).append(name)
         return list(units.values())
 
@@ -308,7 +318,7 @@ class Job:
                 iterations=self.settings.iterations,
                 seed=self.settings.seed,
             )
-        except ValueError as error:
+        except (ValueError, torch.linalg.LinAlgError) as error:
             raise DBFError(f"{', '.join(names)}: {error}") from None
         seconds = (time.monotonic() - begin) / len(names)
         return [(n, f, e, seconds) for n, f, e in zip(names, factors, errors.tolist(), strict=True)]
@@ -354,6 +364,8 @@ class Job:
     def export(self, output: Path) -> None:
         """Writes the GGUF; seconds for a small model, so it is always done anew."""
         s = self.settings
+        recorded = self.claimed | {"embedding_type": s.embedding_type, "output_type": s.output_type}
+        recorded |= {f"tune_{key}": value for key, value in self.work.manifest.get("tuning", {}).items()}
         self.screen.line(f"writing {output}")
         write_gguf(
             output,
@@ -365,7 +377,7 @@ class Job:
             tokenizer_gguf=self.source.gguf,
             name=self.source.name,
             source=self.source.origin,
-            settings=self.claimed | {"embedding_type": s.embedding_type, "output_type": s.output_type},
+            settings=recorded,
         )
 
     # --- what came out
@@ -376,7 +388,7 @@ class Job:
         if not s.eval_windows:
             return
         windows = self.evaluation_windows
-        bos = leading_bos(self.tokenizer)
+        bos = calibration.leading_bos(self.tokenizer)
         model = self.load_dense()
         with self.screen.progress("perplexity", 2 * len(windows)) as update:
             dense = perplexity(model, windows, bos, update)
@@ -423,12 +435,6 @@ def _tensor_names():
     return gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 1000)
 
 
-def leading_bos(tokenizer) -> int | None:
-    """The token that the tokenizer puts before a text, if it does."""
-    ids = tokenizer("a")["input_ids"]
-    return ids[0] if ids and ids[0] == tokenizer.bos_token_id else None
-
-
 def _physical_memory() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
@@ -439,7 +445,7 @@ def _peak_memory(device: str) -> str:
     peak = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)) * unit
     text = f"{peak / 2**30:.1f} GiB"
     if device.startswith("cuda"):
-        text += f", GPU {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB"
+        text += f", GPU {torch.cuda.max_memory_allocated(device) / 2**30:.1f} GiB"
     return text
 
 

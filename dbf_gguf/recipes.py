@@ -8,7 +8,7 @@
     embedding_type = "q6_k"             # GGUF types of embedding and output head
     output_type = "q6_k"
     iterations = 60                     # outer iterations of the factorization, when not the usual number
-    groups = [["k_proj", "v_proj"], …]  # linears of equal shape, between which a budget may move
+    groups = [["k_proj", "v_proj"], …]  # linears of equal shape, for budgets that differ (not used yet)
 
     [model]                             # either hub = "owner/name", or a GGUF file in a PyPI wheel:
     wheel = "name==version"

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 
 import dbf_gguf
 from dbf_gguf import cli, pipeline
@@ -126,8 +127,8 @@ def test_screen(converted):
     lines = printed.splitlines()
     assert lines[0].split() == ["model", "tiny", "(tiny)"]
     assert len([line for line in lines if LINEAR.fullmatch(line)]) == 14
-    tuning = [float(kl) for kl in re.findall(r"tuning \d+/60 .* held out ([\d.]+)", printed)]
-    assert len(tuning) == 3  # before, after 40 steps, at the end
+    tuning = [float(kl) for kl in re.findall(r"tuning \d+/120 .* held out ([\d.]+)", printed)]
+    assert len(tuning) == 4  # before, after 40 and 80 steps, at the end
     bits = float(re.search(r"bits a weight +([\d.]+) over the linears, [\d.]+ over the whole file", printed)[1])
     assert abs(bits - 2.0) < 0.05
     size, f16 = map(float, re.search(r"size +([\d.]+) MiB, F16 ([\d.]+) MiB", printed).groups())
@@ -181,8 +182,7 @@ def test_llama_cpp_computes_the_same(converted, text, llama_bin):
     model = dbf_gguf.load(folder)
     tokenizer = AutoTokenizer.from_pretrained(resolve(str(WorkFolder.open(folder).manifest["model"])).folder)
     bos = tokenizer.bos_token_id  # llama.cpp adds it for a SentencePiece tokenizer that says nothing about it
-    ids = [bos] + calibration.token_stream(tokenizer, text.read_text())
-    windows = torch.tensor(ids[: 16 * 128]).view(16, 128)
+    windows = calibration.evaluation_windows(tokenizer, text.read_text(), 128, 16, bos)
     assert perplexity(model, windows, bos) == pytest.approx(float(found[1]), rel=5e-3)
 
 
@@ -320,6 +320,8 @@ def test_unknown_models(name, tmp_path, monkeypatch, capsys):
 
 
 def test_output_that_is_a_folder(model, text, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert "it is a folder" in fails(monkeypatch, capsys, "convert", model, "--calib", text, "-o", ".", *OPTIONS)
     assert "it is a folder" in fails(monkeypatch, capsys, "convert", model, "--calib", text, "-o", tmp_path, *OPTIONS)
 
 
@@ -397,9 +399,9 @@ def test_equal_linears_of_a_block_go_together_on_a_gpu():
     names = [f"model.layers.{i}.mlp.{kind}" for i in (0, 1) for kind in ("gate_proj", "up_proj", "down_proj")]
     job.shapes = {name: (96, 64) if "down" not in name else (64, 96) for name in names}
     job.budget = dict.fromkeys(names, 64)
-    job.settings.device = "cuda"
+    job.kind = "cuda"
     assert job.units() == [names[0:2], names[2:3], names[3:5], names[5:6]]
-    job.settings.device = "cpu"
+    job.kind = "cpu"
     assert job.units() == [[name] for name in names]
 
 
@@ -431,10 +433,11 @@ def test_the_result_does_not_depend_on_the_order_of_the_linears(converted, model
         torch.set_num_threads(threads)
 
 
-def test_uncompressed_tune_none(model, text, tmp_path, monkeypatch, capsys):
-    """Without tuning the scales are those of the factorization, rounded to float16."""
+def test_without_tuning_and_with_perplexities(model, text, tmp_path, monkeypatch, capsys):
+    """The scales are those of the factorization, rounded to float16."""
     output = tmp_path / "plain.gguf"
-    arguments = ["convert", model, "--calib", text, "-o", output, *OPTIONS, "--tune", "none"]
+    arguments = ["convert", model, "--calib", text, "-o", output, *OPTIONS, "--tune", "none", "--eval-windows", "2"]
+    monkeypatch.setattr(pipeline.calibration, "wiki_text", lambda split: text.read_text())
     monkeypatch.setattr(sys, "argv", ["dbf-gguf", *map(str, arguments)])
     cli.main()
     printed = capsys.readouterr().out
@@ -443,6 +446,15 @@ def test_uncompressed_tune_none(model, text, tmp_path, monkeypatch, capsys):
         assert check_format(file) == []
         assert check_work(file, WorkFolder.open(tmp_path / "plain-work")) == []
         assert file.get("dbf.bits_per_weight") == pytest.approx(2.0, abs=0.05)
+    work = WorkFolder.open(tmp_path / "plain-work")
+    for name in work.linears():
+        with safe_open(work.path / "linears" / f"{name}.safetensors", "pt") as f:
+            for scale, value in work.scales(name).items():
+                assert torch.equal(value, f.get_tensor(scale).half())
+    found = re.search(r"perplexity +dense ([\d.]+), compressed ([\d.]+) .* 2 windows", printed)
+    perplexities = work.manifest["perplexity"]
+    assert [f"{perplexities['dense']:.2f}", f"{perplexities['compressed']:.2f}"] == list(found.groups())
+    assert perplexities["dense"] != perplexities["compressed"]
 
 
 def test_help_names_every_option_in_a_group():

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dbf_gguf.factorize import _refit, factorize
+from dbf_gguf.factorize import RIDGE, START_RHO, _refit, _Side, factorize
 from dbf_gguf.factors import Factors
 
 _SPEC = importlib.util.spec_from_file_location(
@@ -269,6 +269,30 @@ def test_all_zero_matrix():
     assert_sound(factors, 64, 32, 96)
     assert math.isfinite(reported)
     assert factors.dense().abs().max() < 1e-6
+
+
+def test_nearly_parallel_rows_in_bfloat16():
+    """Rounded to bfloat16 their Gram matrix is indefinite, ridge included; the half step must not blow up."""
+    generator = torch.Generator().manual_seed(0)
+    k, n = 768, 96
+    v = torch.rand(n, generator=generator) ** 4
+    flips = torch.where(torch.rand(k, n, generator=generator) < 0.01, -1.0, 1.0)
+    fixed = (v / v.norm() * flips).bfloat16()[None]
+    gram = (fixed @ fixed.transpose(1, 2))[0].double()
+    assert torch.linalg.eigvalsh(gram)[0] + RIDGE + START_RHO < 0, "no such case: choose another matrix"
+    target = torch.randn(1, n, n, generator=generator).bfloat16()
+    side = _Side(torch.randn(1, k, n, generator=generator).bfloat16(), target)
+    side.half_step(fixed, START_RHO)
+    assert side.u.abs().max() < 100
+
+
+def test_one_column_weight():
+    """All middle channels become equal, and the closed-form fit of m singular."""
+    weight = torch.zeros(256, 256)
+    weight[:, 7] = torch.randn(256, generator=torch.Generator().manual_seed(0))
+    (found,), error = factorize(weight[None], 512, iterations=8)
+    assert error.item() < 0.1
+    assert torch.isfinite(found.dense()).all()
 
 
 @pytest.mark.parametrize("size", [1e-6, 1e-3, 1.0, 1e3, 1e6])

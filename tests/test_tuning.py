@@ -1047,16 +1047,18 @@ def test_minutes_become_steps(llama, work, monkeypatch, seconds, minutes, tokens
     assert reports[-1].held_out is not None
 
 
-def test_a_resumed_run_keeps_the_number_of_steps(llama, tmp_path, monkeypatch):
-    monkeypatch.setattr(distill_module, "EVALUATE_EVERY", 10)
+@pytest.mark.parametrize("every, first", [(10, 10), (40, 0)])
+def test_a_resumed_run_keeps_the_number_of_steps(every, first, llama, tmp_path, monkeypatch):
+    """Also when it was interrupted before there was a snapshot."""
+    monkeypatch.setattr(distill_module, "EVALUATE_EVERY", every)
     whole, _ = timed_run(llama, WorkFolder.create(tmp_path / "whole"), monkeypatch, lambda i: 3.0, 1.0)
     cut = WorkFolder.create(tmp_path / "cut")
     with pytest.raises(Interrupted):
         timed_run(llama, cut, monkeypatch, lambda i: 3.0, 1.0, report=interrupt_at(13, []))
     assert WorkFolder.open(cut.path).manifest["tuning"] == {"steps": 20}
     # the machine has become ten times as fast
-    found, reports = timed_run(llama, WorkFolder.open(cut.path), monkeypatch, lambda i: 0.3, 1.0, first=10)
-    assert [p.step for p in reports] == list(range(11, 21)) and {p.steps for p in reports} == {20}
+    found, reports = timed_run(llama, WorkFolder.open(cut.path), monkeypatch, lambda i: 0.3, 1.0, first=first)
+    assert [p.step for p in reports if p.step] == list(range(first + 1, 21)) and {p.steps for p in reports} == {20}
     assert WorkFolder.open(cut.path).manifest["tuning"] == {"steps": 20}
     assert_same(found, whole)
 

@@ -61,7 +61,7 @@ Example:
 @click.option("--embedding-type", help="GGUF type of the embeddings: q8_0, q6_k, f16, …")
 @click.option("--output-type", help="GGUF type of the output head, where it is not tied to the embeddings.")
 @click.option("--threads", type=click.IntRange(1), help="CPU threads.  [default: all cores]")
-@click.option("--device", help="cpu, cuda, cuda:1, mps.  [default: the GPU if torch finds one]")
+@click.option("--device", help="cpu, cuda, cuda:1, mps.  [default: cuda where torch finds it, else cpu]")
 @click.option("--iterations", type=click.IntRange(3), help="Outer iterations of the factorization.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the random start and the choice of text.")
 @click.option(
@@ -92,6 +92,8 @@ def command(model: str, output: Path | None, work: Path | None, resume: bool, **
     source = resolve(model)
     settings = resolve_settings(source, device, options)
     output = output or Path(f"{source.name}-dbf-{settings.bits}.gguf")
+    if output.is_dir():
+        raise DBFError(f"cannot write {output}: it is a folder")
     if work is None:
         work = output.with_name(f"{output.name.removesuffix('.gguf')}-work")
         if not resume and (work / "manifest.json").exists():
@@ -104,13 +106,17 @@ def command(model: str, output: Path | None, work: Path | None, resume: bool, **
     convert(source, model, output, work, settings, screen)
 
 
+def available_cpus() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def _device(name: str | None) -> str:
     import torch
 
     if name is None:
-        return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        return "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        torch.zeros(1, device=name)
+        torch.zeros(1, device=name).item()
     except (RuntimeError, AssertionError, NotImplementedError):
         raise DBFError(f"torch finds no device {name} here: leave --device out to take what there is") from None
     return name
@@ -147,7 +153,7 @@ def resolve_settings(source, device: str, options: dict):
         embedding_type=chosen("embedding_type", recipe.embedding_type),
         output_type=chosen("output_type", recipe.output_type),
         seed=options["seed"],
-        threads=chosen("threads", os.cpu_count() or 1),
+        threads=chosen("threads", available_cpus()),
         device=device,
         eval_windows=options["eval_windows"],
     )
