@@ -441,7 +441,7 @@ def test_without_tuning_and_with_perplexities(model, text, tmp_path, monkeypatch
     monkeypatch.setattr(sys, "argv", ["dbf-gguf", *map(str, arguments)])
     cli.main()
     printed = capsys.readouterr().out
-    assert "tuning" not in printed
+    assert "held out" not in printed
     with GGUFFile(output) as file:
         assert check_format(file) == []
         assert check_work(file, WorkFolder.open(tmp_path / "plain-work")) == []
