@@ -19,3 +19,14 @@ def patched_tree():
 def llama_bin():
     """The folder of the built programs (minutes on a cold cache)."""
     return llama_cpp.build()
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """For matrices so small that threads would mostly wait for each other; results depend on the number of threads."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

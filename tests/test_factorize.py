@@ -26,13 +26,7 @@ SCALES = ("scale_a", "scale_m", "scale_b")
 QUICK = 60  # outer iterations where the quality itself is not asked for
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """These matrices are tiny; threads would mostly wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def weight(n_out: int, n_in: int, seed: int = 0) -> torch.Tensor:

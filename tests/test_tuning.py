@@ -45,13 +45,7 @@ STEP = BATCH * LENGTH  # tokens
 N_WINDOWS = 61  # 7 held out, 54 to train on: five steps and four windows over
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """These models are tiny; threads would mostly wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(autouse=True)
