@@ -369,9 +369,14 @@ def check_tools(cuda: bool = False) -> None:
         raise DBFError(f"cannot build llama.cpp, missing: {', '.join(missing)} ({'; '.join(hints)})")
 
 
+def available_cpus() -> int:
+    """CPUs that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def default_jobs() -> int:
     """Parallel compilers: one per CPU that this process may use, fewer when the memory would not hold them."""
-    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cpus = available_cpus()
     try:
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (ValueError, OSError):

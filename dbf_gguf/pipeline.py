@@ -2,9 +2,8 @@
 
     check -> importance -> factorization -> tuning -> GGUF -> evaluation
 
-The file is written and evaluated anew every time.
-All that can be refused is refused before anything large is computed. The settings are recorded in the work
-folder, and a folder is never continued under other ones.
+The file is written and evaluated anew every time. All that can be refused is refused before anything large is computed.
+The settings are recorded in the work folder, and a folder is never continued under other ones.
 """
 
 import fcntl
@@ -165,8 +164,6 @@ class Job:
         """Raises DBFError where the results would not fit, or the places cannot be written."""
         linears = sum(linear_bits(*self.shapes[name], k) // 8 for name, k in self.budget.items())
         dense = 2 * (sum(map(_elements, set(self.files.values()))) - sum(a * b for a, b in self.shapes.values()))
-        if output.is_dir():
-            raise DBFError(f"cannot write {output}: it is a folder")
         done = sum(path.stat().st_size for path in work_dir.rglob("*") if path.is_file()) if work_dir.is_dir() else 0
         needs: dict[int, list] = {}  # by disk
         scales = sum(n_out + n_in + self.budget[name] for name, (n_out, n_in) in self.shapes.items())

@@ -107,10 +107,6 @@ def command(model: str, output: Path | None, work: Path | None, resume: bool, **
     convert(source, model, output, work, settings, screen)
 
 
-def available_cpus() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def _device(name: str | None) -> str:
     import torch
 
@@ -126,6 +122,7 @@ def _device(name: str | None) -> str:
 def resolve_settings(source, device: str, options: dict):
     """The settings of a run: options where given, else the model's recipe, else the defaults of a model without one."""
     from ..factorize import OUTER_ITERATIONS
+    from ..llama_cpp import available_cpus
     from ..pipeline import Settings
     from ..recipes import DEFAULT
     from ..source import context_length
