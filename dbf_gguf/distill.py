@@ -21,6 +21,7 @@ What makes it fit for a long night:
 import math
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
@@ -30,6 +31,7 @@ from .checkpoint import SCALES, WorkFolder
 from .errors import DBFError
 from .loss import kl_divergence
 from .model import DBFLinear, checkpointing, norm_weights
+from .threads import side_by_side
 
 STEP_TOKENS = 256  # twice as many small steps learn more from the same text than half as many large ones
 HELD_OUT_TOKENS = 2048
@@ -77,13 +79,10 @@ class Trainables:
             for parameter, value in zip(self.parameters.values(), theta.split(self.sizes), strict=True):
                 parameter.copy_(value.view_as(parameter))
 
-    def take_gradient(self) -> torch.Tensor:
-        """The gradient with respect to δ; clears the parameters' own."""
-        parameters = self.parameters.values()
-        gradient = torch.cat([p.grad.float().flatten() for p in parameters]) * self.rms
-        for p in parameters:
-            p.grad = None
-        return gradient
+    def gradient(self, output: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+        """The gradient of Σ factor ⊙ output with respect to δ, float32 [n]; `output` is computed by the model."""
+        gradients = torch.autograd.grad(output, list(self.parameters.values()), factor)
+        return torch.cat([g.float().flatten() for g in gradients]) * self.rms
 
     def tensors(self, delta: torch.Tensor) -> dict[str, torch.Tensor]:
         """θ by name as it is exported: scales in float16, norms in float32."""
@@ -140,7 +139,8 @@ def distill(
         minutes, steps = None, work.manifest["tuning"]["steps"]
 
     timed = []
-    with checkpointing(student, _activation_bytes(student, batch * length) > CHECKPOINT_ABOVE):
+    keep = _activation_bytes(student, batch * length) <= CHECKPOINT_ABOVE
+    with checkpointing(student, not keep), side_by_side(run.workers) as run.pool:
         if run.step == 0:
             run.evaluate(held_out)
             report(Progress(0, steps, run.best, run.best, run.best))
@@ -171,6 +171,8 @@ class _Run:
         self.delta = nn.Parameter(torch.zeros_like(self.parameters.start))
         self.adam = torch.optim.Adam([self.delta], lr=0.0, betas=BETAS, eps=1e-12)
         self.head = teacher.get_output_embeddings().weight.detach()
+        self.workers = min(batch, torch.get_num_threads()) if self.head.device.type == "cpu" else 1
+        self.pool: ThreadPoolExecutor  # of so many threads, for the windows of a batch
         self.step = 0
         self.best = math.inf
         self.best_delta = self.delta.detach().clone()
@@ -182,20 +184,30 @@ class _Run:
     def train(self, windows: torch.Tensor, rate: float) -> float:
         """One step; returns the KL per token of its batch."""
         ids = windows[self._choice(len(windows))]
-        with torch.no_grad():
-            target = self.hidden(self.teacher, ids)
-        hidden = self.hidden(self.student, ids)
-        kl, gradient = kl_divergence(hidden.detach().to(self.head.dtype), target, self.head)
-        kl /= ids.numel()
+        # a fixed number of pieces, summed in their order: the same result whichever is ready first
+        parts = list(self.pool.map(lambda part: self._gradient(part, ids.numel()), ids.chunk(self.workers)))
+        kl = sum(part for part, _ in parts) / ids.numel()
         self.step += 1
         if not math.isfinite(kl):
             raise DBFError(f"the tuning loss is not finite at step {self.step}: try --tune none, or more bits")
-        hidden.backward((gradient / ids.numel()).to(hidden.dtype))
-        self.delta.grad = self.parameters.take_gradient()
+        self.delta.grad = sum(gradient for _, gradient in parts)
         self.adam.param_groups[0]["lr"] = rate
         self.adam.step()
         self.parameters.set(self.delta.detach())
         return kl
+
+    def _gradient(self, ids: torch.Tensor, tokens: int) -> tuple[float, torch.Tensor]:
+        """Sum of the KL over these windows, and the gradient of its `tokens`-th part."""
+        with torch.no_grad():
+            target = self.hidden(self.teacher, ids)
+        hidden = self.hidden(self.student, ids)
+        kl, gradient = kl_divergence(hidden.detach().to(self.head.dtype), target, self.head)
+        return kl, self.parameters.gradient(hidden, (gradient / tokens).to(hidden.dtype))
+
+    @torch.no_grad()
+    def _kl(self, ids: torch.Tensor) -> float:
+        hidden = self.hidden(self.student, ids).to(self.head.dtype)
+        return kl_divergence(hidden, self.hidden(self.teacher, ids), self.head, gradient=False)[0]
 
     def _choice(self, n: int) -> torch.Tensor:
         """Indices of this step's windows: every epoch goes through all of them in an order of its own."""
@@ -204,14 +216,9 @@ class _Run:
         order = torch.randperm(n, generator=torch.Generator().manual_seed(self.seed + epoch))
         return order[place * self.batch : (place + 1) * self.batch]
 
-    @torch.no_grad()
     def evaluate(self, windows: torch.Tensor) -> float:
         """KL per token on `windows`; keeps the state when it is the best so far."""
-        total = 0.0
-        for ids in windows.split(self.batch):
-            hidden = self.hidden(self.student, ids).to(self.head.dtype)
-            total += kl_divergence(hidden, self.hidden(self.teacher, ids), self.head, gradient=False)[0]
-        kl = total / windows.numel()
+        kl = sum(self.pool.map(self._kl, windows.split(math.ceil(self.batch / self.workers)))) / windows.numel()
         if kl < self.best:
             self.best = kl
             self.best_delta = self.delta.detach().clone()

@@ -51,6 +51,8 @@ TARGETS = (
 
 _BUILD_OPTIONS = {
     "CMAKE_BUILD_TYPE": "Release",
+    "CMAKE_C_FLAGS_RELEASE": "-O2 -DNDEBUG",  # but ggml: see dbf-release.cmake
+    "CMAKE_CXX_FLAGS_RELEASE": "-O2 -DNDEBUG",
     "BUILD_SHARED_LIBS": "ON",
     "GGML_NATIVE": "ON",
     "LLAMA_BUILD_TESTS": "ON",  # test-backend-ops
@@ -448,6 +450,7 @@ def _build(tree: Path, folder: Path, cuda: bool, jobs: int) -> None:
         "LLAMA_BUILD_NUMBER": "0",
         "LLAMA_BUILD_COMMIT": f"{commit}-dbf-{patch}",
         "GGML_CUDA": "ON" if cuda else "OFF",
+        "CMAKE_PROJECT_ggml_INCLUDE": str(tree / "ggml" / "cmake" / "dbf-release.cmake"),
     }
     if cuda:
         options["CMAKE_CUDA_COMPILER"] = _nvcc()

@@ -14,7 +14,7 @@ import resource
 import shutil
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -38,6 +38,7 @@ from .llama_cpp import source_tree
 from .model import apply_work, is_out_of_memory, linear_shapes, load_dense, training_dtype, weight_files
 from .screen import Screen
 from .source import ModelSource, context_length
+from .threads import side_by_side
 
 EVALUATION_LENGTH = 512  # tokens in an evaluation window
 CHARACTERS_PER_TOKEN = 6  # an upper bound on English text, for how much of a hub dataset is streamed
@@ -116,11 +117,11 @@ def _work_folder(path: Path):
 def workers_for(threads: int, n_out: int, n_in: int, k: int, memory: int) -> int:
     """How many linears of this size are factorized at a time on a CPU: one a thread, as far as half the memory goes.
 
-    `memory` in bytes. Small products hardly gain from a second thread, so whole linears run side by side instead.
+    `memory` in bytes.
     """
     item = product_dtype(torch.device("cpu")).itemsize
-    # target in two precisions; six work arrays, signs and their float32 products at the end; k x k matrices
-    each = 12 * n_out * n_in + (7 * item + 13) * k * (n_out + n_in) + (6 * item + 12) * k * k
+    # target in two precisions; five work arrays, signs and their float32 products at the end; k x k matrices
+    each = 12 * n_out * n_in + (6 * item + 13) * k * (n_out + n_in) + (3 * item + 12) * k * k
     return max(1, min(threads, memory // 2 // each))
 
 
@@ -259,31 +260,21 @@ class Job:
         if not pending:
             return
         tensors = work.read_tensors("importance.safetensors")
-        threads = self.settings.threads
-        workers, each = 1, threads
+        workers = 1
         if self.kind == "cpu":
-            memory = _physical_memory()
+            threads, memory = self.settings.threads, _physical_memory()
             workers = min(workers_for(threads, *self.shapes[name], k, memory) for name, k in self.budget.items())
-            each = threads // workers
-        with (
-            self.screen.progress("factorization", total, done) as update,
-            ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(each,)) as pool,
-        ):
-            try:
-                # no list of the futures is kept: each holds its factors as long as it lives
-                for future in as_completed([pool.submit(self._factorize_unit, unit, tensors) for unit in pending]):
-                    for name, factors, error, seconds in future.result():
-                        bits = linear_bits(factors.n_out, factors.n_in, factors.k) / (factors.n_out * factors.n_in)
-                        record = {"k": factors.k, "error": error, "seconds": round(seconds, 2)}
-                        work.write_linear(name, factors, record)
-                        self.screen.line(
-                            f"{gguf_name(name):<18} k={factors.k:<5} {bits:.2f} bits  err {error:.4f}  {seconds:.1f} s"
-                        )
-                    update(len(work.linears()))
-            except BaseException:
-                pool.shutdown(wait=True, cancel_futures=True)
-                raise
-        torch.set_num_threads(threads)
+        with self.screen.progress("factorization", total, done) as update, side_by_side(workers) as pool:
+            # no list of the futures is kept: each holds its factors as long as it lives
+            for future in as_completed([pool.submit(self._factorize_unit, unit, tensors) for unit in pending]):
+                for name, factors, error, seconds in future.result():
+                    bits = linear_bits(factors.n_out, factors.n_in, factors.k) / (factors.n_out * factors.n_in)
+                    record = {"k": factors.k, "error": error, "seconds": round(seconds, 2)}
+                    work.write_linear(name, factors, record)
+                    self.screen.line(
+                        f"{gguf_name(name):<18} k={factors.k:<5} {bits:.2f} bits  err {error:.4f}  {seconds:.1f} s"
+                    )
+                update(len(work.linears()))
 
     def units(self) -> list[list[str]]:
         """The linears that are factorized together: one by one on a CPU, on other devices equal ones of a block.
