@@ -15,6 +15,8 @@ What makes it fit for a long night:
   kept: a run that is interrupted goes on to the same end.
 - The windows of step s depend on s and the seed alone, and a snapshot (δ, Adam's moments, the best state) is written at
   every evaluation. A resumed run repeats the steps since then exactly.
+- On a CPU the windows of a step run side by side, a share of the threads each; their gradients are added in a fixed
+  order, so that the result depends on the number of threads alone.
 - The state with the lowest KL on windows that are never trained on is what is returned.
 """
 
@@ -33,7 +35,7 @@ from .loss import kl_divergence
 from .model import DBFLinear, checkpointing, norm_weights
 from .threads import side_by_side
 
-STEP_TOKENS = 256  # twice as many small steps learn more from the same text than half as many large ones
+STEP_TOKENS = 512  # fewer, larger steps learn less from the same text
 HELD_OUT_TOKENS = 2048
 WARM_UP = 20  # steps
 TIMED = range(3, 9)  # steps whose time turns minutes into tokens; the first ones include one-time costs
@@ -139,8 +141,8 @@ def distill(
         minutes, steps = None, work.manifest["tuning"]["steps"]
 
     timed = []
-    keep = _activation_bytes(student, batch * length) <= CHECKPOINT_ABOVE
-    with checkpointing(student, not keep), side_by_side(run.workers) as run.pool:
+    recompute = _activation_bytes(student, batch * length) > CHECKPOINT_ABOVE
+    with checkpointing(student, recompute), side_by_side(run.workers) as run.pool:
         if run.step == 0:
             run.evaluate(held_out)
             report(Progress(0, steps, run.best, run.best, run.best))
