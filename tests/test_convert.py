@@ -127,8 +127,8 @@ def test_screen(converted):
     lines = printed.splitlines()
     assert lines[0].split() == ["model", "tiny", "(tiny)"]
     assert len([line for line in lines if LINEAR.fullmatch(line)]) == 14
-    tuning = [float(kl) for kl in re.findall(r"tuning \d+/120 .* held out ([\d.]+)", printed)]
-    assert len(tuning) == 4  # before, after 40 and 80 steps, at the end
+    tuning = [float(kl) for kl in re.findall(r"tuning \d+/60 .* held out ([\d.]+)", printed)]
+    assert len(tuning) == 3  # before, after 40 steps, at the end
     bits = float(re.search(r"bits a weight +([\d.]+) over the linears, [\d.]+ over the whole file", printed)[1])
     assert abs(bits - 2.0) < 0.05
     size, f16 = map(float, re.search(r"size +([\d.]+) MiB, F16 ([\d.]+) MiB", printed).groups())
