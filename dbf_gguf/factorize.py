@@ -9,9 +9,9 @@ moves the free one. With F [k, d] the fixed factor, X [k, n] the free one and V 
     X = SVID(S + U)                                    signs times the rank-1 approximation of |S + U|
     U = S + U − X                                      scaled dual variable
 
-The pair (X, U) of each factor is kept for its next turn, so nothing is started anew. Annealing buys the quality: at every
-iteration ρ grows and λ shrinks by a constant factor. Early on X follows S freely, while the ridge keeps S from being
-fitted to the noise of an opposite factor whose signs still change.
+The pair (X, U) of each factor is kept for its next turn, so nothing is started anew. Annealing buys the quality: with
+every iteration ρ grows and λ shrinks by a constant factor. Early on X follows S freely, while the ridge keeps S from
+being fitted to the noise of an opposite factor whose signs still change.
 
 How this differs from the plain method (`bench/factorize.py` has it, as reference):
 
