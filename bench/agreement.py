@@ -113,11 +113,13 @@ def main() -> int:
     text = calibration.wiki_text("evaluation")
     bos = calibration.leading_bos(tokenizer)
     windows = calibration.evaluation_windows(tokenizer, text, N_CTX, arguments.windows, bos)
+    print(f"{len(windows)} windows in PyTorch, then in llama.cpp (minutes each)", file=sys.stderr, flush=True)
     ours = perplexity(model, windows, bos)
     theirs = llama_perplexity(arguments.gguf, text, len(windows))
     difference = theirs / ours - 1
     print(
-        f"perplexity, {len(windows)} windows of {N_CTX}: PyTorch {ours:.4f}, llama.cpp {theirs:.4f} ({difference:+.2%})"
+        f"perplexity, {len(windows)} windows of {N_CTX}: PyTorch {ours:.4f}, llama.cpp {theirs:.4f} ({difference:+.2%})",
+        flush=True,
     )
     good = abs(difference) <= BOUND
 
@@ -130,7 +132,7 @@ def main() -> int:
             answer = post("/completion", body)
             agree, gap = compare_continuation(model, ids, answer["tokens"], banned)
             where = "all agree" if agree == LENGTH else f"part at token {agree}, logits {gap:.4f} apart"
-            print(f"{prompt!r}: {len(answer['tokens'])} tokens, {where}: {answer['content'][:60]!r}")
+            print(f"{prompt!r}: {len(answer['tokens'])} tokens, {where}: {answer['content'][:60]!r}", flush=True)
             good &= gap <= NEAR_TIE
     return 0 if good else 1
 

@@ -31,6 +31,7 @@ from pathlib import Path
 
 from . import fetch
 from .errors import DBFError
+from .machine import available_cpus, available_memory
 from .paths import cache_dir, data_dir
 
 if sys.version_info >= (3, 11):
@@ -371,19 +372,9 @@ def check_tools(cuda: bool = False) -> None:
         raise DBFError(f"cannot build llama.cpp, missing: {', '.join(missing)} ({'; '.join(hints)})")
 
 
-def available_cpus() -> int:
-    """CPUs that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def default_jobs() -> int:
     """Parallel compilers: one per CPU that this process may use, fewer when the memory would not hold them."""
-    cpus = available_cpus()
-    try:
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (ValueError, OSError):
-        return cpus
-    return max(1, min(cpus, memory // (_GIB_PER_JOB << 30)))
+    return max(1, min(available_cpus(), available_memory() // (_GIB_PER_JOB << 30)))
 
 
 def _run(command: list[str], log: Path, env: dict[str, str], what: str) -> None:

@@ -35,6 +35,7 @@ from .fetch import sha256_of
 from .gguf_file import PARTS, GGUFFile
 from .gguf_writer import check_model_dir, check_types, write_gguf
 from .llama_cpp import source_tree
+from .machine import available_memory
 from .model import apply_work, is_out_of_memory, linear_shapes, load_dense, training_dtype, weight_files
 from .screen import Screen
 from .source import ModelSource, context_length
@@ -262,7 +263,7 @@ class Job:
         tensors = work.read_tensors("importance.safetensors")
         workers = 1
         if self.kind == "cpu":
-            threads, memory = self.settings.threads, _physical_memory()
+            threads, memory = self.settings.threads, available_memory()
             workers = min(workers_for(threads, *self.shapes[name], k, memory) for name, k in self.budget.items())
         with self.screen.progress("factorization", total, done) as update, side_by_side(workers) as pool:
             # no list of the futures is kept: each holds its factors as long as it lives
@@ -421,10 +422,6 @@ def gguf_name(name: str) -> str:
 @lru_cache(maxsize=1)
 def _tensor_names():
     return gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 1000)
-
-
-def _physical_memory() -> int:
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def _peak_memory(device: str) -> str:

@@ -19,7 +19,7 @@ import torch
 from safetensors import safe_open
 
 import dbf_gguf
-from dbf_gguf import cli, pipeline
+from dbf_gguf import cli, machine, pipeline
 from dbf_gguf.checkpoint import WorkFolder
 from dbf_gguf.cli.convert import resolve_settings
 from dbf_gguf.gguf_file import GGUFFile
@@ -392,6 +392,17 @@ def test_workers_fit_into_memory():
     large = dict(n_out=11008, n_in=4096, k=5971)
     assert 1 <= pipeline.workers_for(16, **large, memory=16 << 30) < 8
     assert pipeline.workers_for(16, **large, memory=1 << 20) == 1
+
+
+@pytest.mark.parametrize("text, limited", [("1000000\n", True), ("max\n", False), (None, False)])
+def test_memory_of_a_container(tmp_path, monkeypatch, text, limited):
+    """A cgroup's limit counts where it is below the machine's memory; "max" or no such file is no limit."""
+    limit = tmp_path / "memory.max"
+    if text:
+        limit.write_text(text)
+    monkeypatch.setattr(machine, "CGROUP_LIMIT", limit)
+    assert (machine.available_memory() == 1_000_000) is limited
+    assert machine.available_memory() >= (1_000_000 if limited else 1 << 30)
 
 
 def test_equal_linears_of_a_block_go_together_on_a_gpu():

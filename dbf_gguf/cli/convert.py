@@ -122,7 +122,7 @@ def _device(name: str | None) -> str:
 def resolve_settings(source, device: str, options: dict):
     """The settings of a run: options where given, else the model's recipe, else the defaults of a model without one."""
     from ..factorize import OUTER_ITERATIONS
-    from ..llama_cpp import available_cpus
+    from ..machine import available_cpus
     from ..pipeline import Settings
     from ..recipes import DEFAULT
     from ..source import context_length
