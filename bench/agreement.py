@@ -117,10 +117,8 @@ def main() -> int:
     ours = perplexity(model, windows, bos)
     theirs = llama_perplexity(arguments.gguf, text, len(windows))
     difference = theirs / ours - 1
-    print(
-        f"perplexity, {len(windows)} windows of {N_CTX}: PyTorch {ours:.4f}, llama.cpp {theirs:.4f} ({difference:+.2%})",
-        flush=True,
-    )
+    both = f"PyTorch {ours:.4f}, llama.cpp {theirs:.4f} ({difference:+.2%})"
+    print(f"perplexity, {len(windows)} windows of {N_CTX}: {both}", flush=True)
     good = abs(difference) <= BOUND
 
     special = dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
