@@ -131,7 +131,7 @@ def main() -> int:
             agree, gap = compare_continuation(model, ids, answer["tokens"], banned)
             where = "all agree" if agree == LENGTH else f"part at token {agree}, logits {gap:.4f} apart"
             print(f"{prompt!r}: {len(answer['tokens'])} tokens, {where}: {answer['content'][:60]!r}", flush=True)
-            good &= gap <= NEAR_TIE
+            good &= gap <= NEAR_TIE and len(answer["tokens"]) == LENGTH
     return 0 if good else 1
 
 

@@ -17,11 +17,13 @@ from pathlib import Path
 
 from dbf_gguf.errors import DBFError
 from dbf_gguf.llama_cpp import tool
+from dbf_gguf.recipes import load
 
 MODEL = "smollm2-135m"
 BITS = "2.0"
 BOUND = 2.0  # perplexity, compressed against F16
 CHUNKS = 40  # windows of 512 tokens; each counts its second half
+TUNE_TOKENS = str(load(MODEL).tune["tune_tokens"])
 TOKENS = 64
 PROMPT = "The Alps are a mountain range in"
 
@@ -75,8 +77,9 @@ def demo() -> bool:
     run([tool("llama-cli"), "--version"])
 
     heading(f"Compress {MODEL} to {BITS} bits a weight")
-    # few windows for convert's own figure, since llama-perplexity measures the same below
-    brief = ["--eval-windows", "16"]
+    # The recipe's tokens, but not all of them on a slow machine; few windows for convert's own figure, since
+    # llama-perplexity measures the same below.
+    brief = ["--tune-tokens", TUNE_TOKENS, "--tune-minutes", "12", "--eval-windows", "16"]
     dbf_gguf("convert", MODEL, "--bits", BITS, "--tune", "scales", *brief, "--work", FOLDER / "work", "-o", DBF)
 
     heading("The same model uncompressed, and text that the compression has not seen")

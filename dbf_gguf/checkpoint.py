@@ -11,6 +11,7 @@
 to the disk and renamed. A linear counts as finished once the manifest names it, the other files once they exist.
 """
 
+import contextlib
 import json
 import os
 from collections.abc import Callable
@@ -18,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from . import __version__
@@ -34,18 +35,27 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
 
     Raises DBFError with one line when the disk is full or not writable; the temporary file is removed.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.part")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         write(part)
         with open(part, "rb+") as f:
             os.fsync(f.fileno())
         os.replace(part, path)
     except Exception as error:
-        part.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
         if is_disk_error(error):
             raise DBFError(f"cannot write {path}: {disk_error_text(error)}") from None
         raise
+
+
+def read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a file of the work folder. Raises DBFError when it is damaged."""
+    try:
+        return load_file(str(path))
+    except SafetensorError as error:
+        raise DBFError(f"{path} is damaged ({error}): delete it, and it is computed again") from None
 
 
 def is_disk_error(error: Exception) -> bool:
@@ -123,7 +133,7 @@ class WorkFolder:
         write_atomically(self.path / name, lambda part: save_file(tensors, str(part), metadata=meta))
 
     def read_tensors(self, name: str) -> dict[str, torch.Tensor]:
-        return load_file(str(self.path / name))
+        return read_tensors(self.path / name)
 
     def read_metadata(self, name: str) -> dict:
         with safe_open(str(self.path / name), "pt") as f:

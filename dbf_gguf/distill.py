@@ -14,7 +14,7 @@ What makes it fit for a long night:
 - Bounded by tokens. Minutes are turned into tokens once, after the first steps have been timed, and the number is
   kept: a run that is interrupted goes on to the same end.
 - The windows of step s depend on s and the seed alone, and a snapshot (δ, Adam's moments, the best state) is written at
-  every evaluation. A resumed run repeats the steps since then exactly.
+  every evaluation and every ten minutes. A resumed run repeats the steps since then exactly.
 - On a CPU the windows of a step run side by side, a share of the threads each; their gradients are added in a fixed
   order, so that the result depends on the number of threads alone.
 - The state with the lowest KL on windows that are never trained on is what is returned.
@@ -40,6 +40,7 @@ HELD_OUT_TOKENS = 2048
 WARM_UP = 20  # steps
 TIMED = range(3, 9)  # steps whose time turns minutes into tokens; the first ones include one-time costs
 EVALUATE_EVERY = 40  # steps
+SNAPSHOT_SECONDS = 600  # at most this much and one step are lost
 BETAS = (0.9, 0.95)
 FINAL_RATE = 0.02  # of the peak, at the end of the cosine
 SNAPSHOT = "tuning.safetensors"
@@ -124,15 +125,8 @@ def distill(
     Returns the best state by parameter name: scales float16, norms float32. Raises DBFError when the text is too short
     to hold windows back, or when the loss is not finite from the start.
     """
+    held_out, training, batch = split(windows)
     length = windows.shape[1]
-    batch = max(1, STEP_TOKENS // length)
-    n_held_out = max(1, min(HELD_OUT_TOKENS // length, len(windows) // 8))
-    held_out, training = windows[:n_held_out], windows[n_held_out:]
-    if len(training) < batch:
-        raise DBFError(
-            f"the calibration text is too short to tune on: {len(windows)} windows of {length} tokens leave "
-            f"{len(training)} beside those held out, one step takes {batch}: give a longer text or --tune none"
-        )
     steps = None if tokens is None else max(1, math.ceil(tokens / (batch * length)))
     run = _Run(student, teacher, work, batch, seed)
     run.restore()
@@ -146,6 +140,7 @@ def distill(
         if run.step == 0:
             run.evaluate(held_out)
             report(Progress(0, steps, run.best, run.best, run.best))
+        saved = time.monotonic()
         while steps is None or run.step < steps:
             begin = time.monotonic()
             kl = run.train(training, learning_rate(run.step, untimed if run.step <= max(TIMED) else steps, lr))
@@ -159,9 +154,28 @@ def distill(
             value = None
             if run.step % EVALUATE_EVERY == 0 or run.step == steps:
                 value = run.evaluate(held_out)
+            if value is not None or time.monotonic() - saved > SNAPSHOT_SECONDS:
                 run.snapshot()
+                saved = time.monotonic()
             report(Progress(run.step, steps, kl, value, run.best))
     return run.parameters.tensors(run.best_delta)
+
+
+def split(windows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """Windows [count, length] held out, those trained on, and how many of these a step takes.
+
+    Raises DBFError when the text is too short for both.
+    """
+    count, length = windows.shape
+    batch = max(1, STEP_TOKENS // length)
+    n_held_out = max(1, min(HELD_OUT_TOKENS // length, count // 8))
+    held_out, training = windows[:n_held_out], windows[n_held_out:]
+    if len(training) < batch:
+        raise DBFError(
+            f"the calibration text is too short to tune on: {count} windows of {length} tokens leave "
+            f"{len(training)} beside those held out, one step takes {batch}: give a longer text or --tune none"
+        )
+    return held_out, training, batch
 
 
 class _Run:

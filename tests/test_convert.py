@@ -8,6 +8,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,7 +23,9 @@ import dbf_gguf
 from dbf_gguf import cli, machine, pipeline
 from dbf_gguf.checkpoint import WorkFolder
 from dbf_gguf.cli.convert import resolve_settings
+from dbf_gguf.errors import DBFError
 from dbf_gguf.gguf_file import GGUFFile
+from dbf_gguf.gguf_writer import check_output, write_gguf
 from dbf_gguf.source import ModelSource, resolve
 from dbf_gguf.verify import check_format, check_work
 
@@ -189,7 +192,7 @@ def test_llama_cpp_computes_the_same(converted, text, llama_bin):
 # --- interrupted
 
 
-def test_killed_ten_times_and_resumed_ends_in_the_same_file(converted, model, text, tmp_path):
+def test_killed_up_to_ten_times_and_resumed_ends_in_the_same_file(converted, model, text, tmp_path):
     """Five kills right after a line was printed, five at random times; each run but the last goes on and is killed."""
     output = tmp_path / "tiny.gguf"
     dice = random.Random(5)
@@ -200,7 +203,8 @@ def test_killed_ten_times_and_resumed_ends_in_the_same_file(converted, model, te
             if after is None:
                 time.sleep(dice.uniform(1, 7))
             elif not any(line.startswith(after) for line in run.stdout):
-                continue  # a random kill came after this moment already
+                assert run.wait() == 0  # a random kill came after this moment already: all was done
+                continue
             time.sleep(dice.uniform(0, 0.3))
             killed += run.poll() is None
             with contextlib.suppress(ProcessLookupError):
@@ -300,16 +304,19 @@ def test_bad_models(kind, model, text, tmp_path, monkeypatch, capsys):
         (["--embedding-type", "q6_k"], "multiple of 256"),
         (["--device", "abacus"], "torch finds no device abacus"),
         (["--tune-tokens", "999999", "--seq-len", "500", "--calib", "SHORT"], "too short"),
+        (["--tune-tokens", "999999", "--calib", "FEW"], "too short to tune on"),
+        (["--tune-minutes", "nan"], "must be finite"),
     ],
 )
 def test_bad_options(options, message, model, text, tmp_path, monkeypatch, capsys):
-    short = tmp_path / "short.txt"
-    short.write_text("the quick brown fox")
-    options = [short if option == "SHORT" else option for option in options]
+    texts = {"SHORT": tmp_path / "short.txt", "FEW": tmp_path / "few.txt"}
+    texts["SHORT"].write_text("the quick brown fox")
+    texts["FEW"].write_text(text.read_text()[:560])
+    options = [texts.get(option, option) for option in options]
     output = tmp_path / "out.gguf"
     error = fails(monkeypatch, capsys, "convert", model, "--calib", text, "-o", output, *OPTIONS, *options)
     assert message in error
-    assert [path.name for path in tmp_path.iterdir()] == ["short.txt"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["few.txt", "short.txt"]
 
 
 @pytest.mark.parametrize("name", ["no-such-model", "./nowhere", "missing.gguf"])
@@ -323,6 +330,62 @@ def test_output_that_is_a_folder(model, text, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert "it is a folder" in fails(monkeypatch, capsys, "convert", model, "--calib", text, "-o", ".", *OPTIONS)
     assert "it is a folder" in fails(monkeypatch, capsys, "convert", model, "--calib", text, "-o", tmp_path, *OPTIONS)
+
+
+def test_output_that_is_the_source(tmp_path):
+    """Also by another path to it, and whatever the file holds."""
+    source, other = tmp_path / "model.gguf", tmp_path / "link.gguf"
+    source.write_bytes(b"model")
+    other.symlink_to(source)
+    check = pytest.raises(DBFError, match="the model is read from it")
+    with check:
+        check_output(other, source)
+    with check:
+        write_gguf(source, tmp_path, work=None, embedding_type="f16", output_type="f16", llama_cpp=tmp_path,
+                   tokenizer_gguf=source)  # fmt: skip
+    check_output(tmp_path / "new.gguf", source)
+    assert source.read_bytes() == b"model"
+
+
+def test_cache_that_cannot_be_written(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("DBF_GGUF_CACHE", "/dev/null/cache")
+    error = fails(monkeypatch, capsys, "convert", "smollm2-135m", "-o", tmp_path / "out.gguf")
+    assert "/dev/null/cache" in error and "DBF_GGUF_CACHE names another place" in error
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_damaged_files_of_a_work_folder(converted, model, text, tmp_path, monkeypatch, capsys):
+    """One line names the file; without it, it is computed again."""
+    work = tmp_path / "work"
+    shutil.copytree(converted[1], work)
+    arguments = ["convert", model, "--calib", text, "-o", tmp_path / "out.gguf", "--work", work, *OPTIONS]
+    damaged = work / "windows.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:100])
+    error = fails(monkeypatch, capsys, *arguments)
+    assert f"{damaged} is damaged" in error and "delete it" in error
+    damaged.unlink()
+    monkeypatch.setattr(sys, "argv", ["dbf-gguf", *map(str, arguments)])
+    cli.main()
+    assert (tmp_path / "out.gguf").read_bytes() == converted[0].read_bytes()
+
+
+def test_a_tokenizer_that_the_converter_does_not_know(model, text, tmp_path, monkeypatch, capsys, patched_tree):
+    """transformers reads it, llama.cpp has no name for how it splits text: refused before anything is computed."""
+    import tokenizers
+    import transformers
+
+    folder = tmp_path / "model"
+    shutil.copytree(model, folder)
+    (folder / "tokenizer.model").unlink()
+    bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
+    bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(use_regex=False)
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    bpe.train_from_iterator([], tokenizers.trainers.BpeTrainer(vocab_size=256, initial_alphabet=alphabet))
+    transformers.PreTrainedTokenizerFast(tokenizer_object=bpe).save_pretrained(folder)
+    monkeypatch.setattr(pipeline.importance, "measure", None)
+    error = fails(monkeypatch, capsys, "convert", folder, "--calib", text, "-o", tmp_path / "out.gguf", *OPTIONS)
+    assert "does not know this tokenizer's pre-tokenizer" in error
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
 def test_a_disk_too_small_is_refused_beforehand(model, text, tmp_path, monkeypatch, capsys):

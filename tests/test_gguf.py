@@ -6,14 +6,17 @@ Each model's dense weights are the expansion of its random factors. So llama.cpp
 the independent reference for what the factors in the DBF file must multiply out to: names, order of rows, everything.
 """
 
+import importlib
 import json
 import os
+import shlex
 import struct
 import sys
 import types
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import click
 import gguf
 import numpy as np
 import pytest
@@ -23,7 +26,7 @@ from click.testing import CliRunner
 from dbf_gguf import gguf_writer, llama_cpp
 from dbf_gguf.checkpoint import SCALES as SCALE_NAMES
 from dbf_gguf.checkpoint import WorkFolder
-from dbf_gguf.cli import cli
+from dbf_gguf.cli import COMMANDS, cli
 from dbf_gguf.cli.inspect import summarize
 from dbf_gguf.errors import DBFError
 from dbf_gguf.factors import Factors, pack_signs
@@ -711,8 +714,16 @@ def test_reference_hands_the_source_to_the_writer(monkeypatch, tmp_path):
     assert calls == [(Path("folder"), None, "f16", Path("source.gguf"), "A name")]
 
 
-@pytest.mark.parametrize("name", ["inspect", "verify", "reference"])
-def test_help_ends_in_an_example(name):
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_ends_in_an_example_that_parses(name):
+    """The options of every example exist, and a work folder has the name that `convert` gives it."""
     status, output = run(name, "--help")
     assert status == 0
-    assert output.rstrip().splitlines()[-1].strip().startswith(f"dbf-gguf {name} ")
+    lines = [shlex.split(line) for line in output.partition("Example:")[2].splitlines()]
+    examples = [line[1:] for line in lines if line[:1] == ["dbf-gguf"]]
+    assert any(example[0] == name for example in examples)
+    for command, *arguments in examples:
+        module = importlib.import_module(f"dbf_gguf.cli.{command}")
+        values = module.command.make_parser(click.Context(module.command)).parse_args(arguments)[0]
+        if command == "verify" and values.get("work"):
+            assert values["work"] == f"{Path(values['file']).stem}-work"

@@ -812,6 +812,7 @@ def test_text_command(tmp_path):
     assert out.read_text(encoding="utf-8") == calibration.wiki_text("calibration")
     assert run.invoke(cli, ["text", str(out), "-o", str(tmp_path / "copy.txt")]).exit_code == 0
     assert (tmp_path / "copy.txt").read_bytes() == out.read_bytes()
-    failed = run.invoke(cli, ["text", "wiki", "-o", str(tmp_path / "gone" / "w.txt")])
-    assert isinstance(failed.exception, DBFError) and "cannot write" in str(failed.exception)
+    for place in (tmp_path / "gone", out):  # no folder, a file
+        failed = run.invoke(cli, ["text", "wiki", "-o", str(place / "w.txt")])
+        assert isinstance(failed.exception, DBFError) and "cannot write" in str(failed.exception)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["copy.txt", "w.txt"]

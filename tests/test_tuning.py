@@ -1069,6 +1069,18 @@ def test_a_resumed_run_keeps_the_number_of_steps(every, first, llama, tmp_path, 
     assert_same(found, whole)
 
 
+def test_slow_steps_are_saved_between_evaluations(llama, tmp_path, monkeypatch):
+    """At 400 s a step every second one is a snapshot's; the resumed run repeats the one after the last of them."""
+    tokens = 16 * SHORT_STEP
+    whole, _ = timed_run(llama, WorkFolder.create(tmp_path / "whole"), monkeypatch, lambda i: 1.0, None, tokens)
+    cut = WorkFolder.create(tmp_path / "cut")
+    with pytest.raises(Interrupted):
+        timed_run(llama, cut, monkeypatch, lambda i: 400.0, None, tokens, report=interrupt_at(13, []))
+    found, reports = timed_run(llama, WorkFolder.open(cut.path), monkeypatch, lambda i: 1.0, None, tokens, first=12)
+    assert [p.step for p in reports] == [13, 14, 15, 16]
+    assert_same(found, whole)
+
+
 # --- what cannot be tuned
 
 

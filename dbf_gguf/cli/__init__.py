@@ -47,6 +47,11 @@ def main() -> None:
     except DBFError as error:
         click.echo(f"dbf-gguf: {error}", err=True)
         sys.exit(1)
+    except OSError as error:  # where no module had a better sentence: mostly the cache's disk, full or not writable
+        where = f"{error.filename}: " if error.filename else ""
+        hint = "the environment variable DBF_GGUF_CACHE names another place for the cache"
+        click.echo(f"dbf-gguf: {where}{error.strerror or error} ({hint})", err=True)
+        sys.exit(1)
     except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)

@@ -10,7 +10,10 @@ _FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
 
 
 @click.command(
-    epilog="Example:  $(dbf-gguf build | tail -1)/llama-cli --version",
+    epilog="""\b
+Example:
+  dbf-gguf build --jobs 2
+  $(dbf-gguf build | tail -n 1)/llama-cli --version""",
     short_help="Build the patched llama.cpp.",
 )
 @click.option("--cuda", is_flag=True, help="With the CUDA backend; needs nvcc.")

@@ -1,5 +1,6 @@
 """`dbf-gguf convert`: options, recipe and defaults become settings; the work is `pipeline`'s."""
 
+import math
 import os
 from dataclasses import asdict
 from pathlib import Path
@@ -63,7 +64,13 @@ Example:
 @click.option("--threads", type=click.IntRange(1), help="CPU threads.  [default: all cores]")
 @click.option("--device", help="cpu, cuda, cuda:1, mps.  [default: cuda where torch finds it, else cpu]")
 @click.option("--iterations", type=click.IntRange(3), help="Outer iterations of the factorization.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the random start and the choice of text.")
+@click.option(
+    "--seed",
+    type=click.IntRange(0, 2**62),
+    default=0,
+    show_default=True,
+    help="Of the random start and the choice of text.",
+)
 @click.option(
     "--eval-windows",
     type=click.IntRange(0),
@@ -134,6 +141,8 @@ def resolve_settings(source, device: str, options: dict):
         return otherwise if options[name] is None else options[name]
 
     tokens, minutes = options["tune_tokens"], options["tune_minutes"]
+    if minutes is not None and not math.isfinite(minutes):
+        raise DBFError("--tune-minutes must be finite: --tune none does without tuning")
     if tokens is None and minutes is None:
         tokens, minutes = recipe.tune.get("tune_tokens"), recipe.tune.get("tune_minutes")
     tune = chosen("tune", recipe.tune["tune"])

@@ -1,5 +1,6 @@
 """`dbf-gguf text`: calibration or evaluation text as a file, for `llama-perplexity -f`."""
 
+import contextlib
 import os
 from pathlib import Path
 
@@ -12,7 +13,7 @@ HUB_CHARACTERS = 4_000_000  # written of a hub dataset, about a million tokens
     epilog="""\b
 Example:
   dbf-gguf text wiki -o wiki.txt
-  llama-perplexity -m model.gguf -f wiki.txt -c 512 --chunks 32"""
+  $(dbf-gguf build | tail -n 1)/llama-perplexity -m model.gguf -f wiki.txt -c 512 --chunks 32"""
 )
 @click.argument("spec")
 @click.option(
@@ -41,5 +42,6 @@ def command(spec: str, output: Path, split: str) -> None:
     except OSError as error:
         raise DBFError(f"cannot write {output}: {error.strerror or error}") from None
     finally:
-        part.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
     click.echo(f"{output}: {len(text):,} characters")

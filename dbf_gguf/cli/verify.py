@@ -9,7 +9,7 @@ import click
 @click.command(
     epilog="""\b
 Example:
-  dbf-gguf verify smollm2.gguf --work smollm2.gguf.work"""
+  dbf-gguf verify smollm2.gguf --work smollm2-work"""
 )
 @click.argument("file", type=click.Path(path_type=Path))
 @click.option("--work", type=click.Path(path_type=Path), help="Also compare with this work folder, bit for bit.")
