@@ -32,7 +32,7 @@ from .evaluate import perplexity
 from .factorize import factorize, product_dtype
 from .fetch import sha256_of
 from .gguf_file import PARTS, GGUFFile
-from .gguf_writer import check_convertible, check_output, check_types, write_gguf
+from .gguf_writer import check_convertible, check_types, write_gguf
 from .llama_cpp import source_tree
 from .machine import available_memory
 from .model import apply_work, is_out_of_memory, linear_shapes, load_dense, training_dtype, weight_files
@@ -140,7 +140,6 @@ class Job:
         from transformers import AutoTokenizer
 
         s, folder = self.settings, self.source.folder
-        check_output(output, self.source.gguf)
         config = check_model_dir(folder, self.source.gguf)
         tied = bool(config.get("tie_word_embeddings"))
         check_types(s.embedding_type, s.output_type, config.get("hidden_size", 0), tied)

@@ -90,6 +90,7 @@ def command(model: str, output: Path | None, work: Path | None, resume: bool, **
     os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 
     from ..budget import uniform_budget
+    from ..gguf_writer import check_output
     from ..pipeline import convert
     from ..screen import Screen
     from ..source import resolve
@@ -100,8 +101,7 @@ def command(model: str, output: Path | None, work: Path | None, resume: bool, **
     source = resolve(model)
     settings = resolve_settings(source, device, options)
     output = output or Path(f"{source.name}-dbf-{settings.bits}.gguf")
-    if output.is_dir():
-        raise DBFError(f"cannot write {output}: it is a folder")
+    check_output(output, source.gguf)
     if work is None:
         work = output.with_name(f"{output.name.removesuffix('.gguf')}-work")
         if not resume and (work / "manifest.json").exists():
