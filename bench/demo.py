@@ -79,8 +79,8 @@ def demo() -> bool:
     heading(f"Compress {MODEL} to {BITS} bits a weight")
     # The recipe's tokens, but not all of them on a slow machine; few windows for convert's own figure, since
     # llama-perplexity measures the same below.
-    brief = ["--tune-tokens", TUNE_TOKENS, "--tune-minutes", "12", "--eval-windows", "16"]
-    dbf_gguf("convert", MODEL, "--bits", BITS, "--tune", "scales", *brief, "--work", FOLDER / "work", "-o", DBF)
+    limits = ["--tune-tokens", TUNE_TOKENS, "--tune-minutes", "12", "--eval-windows", "16"]
+    dbf_gguf("convert", MODEL, "--bits", BITS, "--tune", "scales", *limits, "--work", FOLDER / "work", "-o", DBF)
 
     heading("The same model uncompressed, and text that the compression has not seen")
     dbf_gguf("reference", MODEL, "-o", F16)

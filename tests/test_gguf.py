@@ -714,8 +714,15 @@ def test_reference_hands_the_source_to_the_writer(monkeypatch, tmp_path):
     assert calls == [(Path("folder"), None, "f16", Path("source.gguf"), "A name")]
 
 
+@pytest.mark.parametrize("name", ["inspect", "verify", "reference"])
+def test_help_ends_in_an_example(name):
+    status, output = run(name, "--help")
+    assert status == 0
+    assert output.rstrip().splitlines()[-1].strip().startswith(f"dbf-gguf {name} ")
+
+
 @pytest.mark.parametrize("name", COMMANDS)
-def test_help_ends_in_an_example_that_parses(name):
+def test_examples_of_help_parse(name):
     """The options of every example exist, and a work folder has the name that `convert` gives it."""
     status, output = run(name, "--help")
     assert status == 0
