@@ -24,6 +24,15 @@ How this differs from the plain method (`bench/factorize.py` has it, as referenc
 - Any number of equal-shaped matrices at once (a leading batch dimension), on any torch device.
 
 Importance (section 3.3): W' = diag(o) W diag(i) is factorized and the scales divided by o and i afterwards.
+
+Inputs are not only uneven, they are correlated: what counts is the error of the outputs, ‖(W' − A'·B')·H^½‖², where H
+is the second moment of the inputs in units of their RMS i (unit diagonal; H = I is the case above). With it, the half step
+for A' takes F H Fᵀ and F H V in the place of F Fᵀ and F V. The one for B' becomes, with H = Q diag(h) Qᵀ,
+
+    (F Fᵀ) S̃ diag(h) + (λ + ρ) S̃ = F V H Q + ρ (X − U) Q            S̃ = S Q,
+
+a system of its own for every column of S̃, of which the last solution is a good guess: a few steps of conjugate gradients
+on all columns at once, products again, cost no more than the inverse that they save.
 """
 
 import torch
@@ -33,6 +42,8 @@ from .factors import Factors
 OUTER_ITERATIONS = 180
 RHO = (0.3, 1.0)  # of the Gram matrix' diagonal, which is 1; from the first iteration to the last
 RIDGE = (0.5, 0.02)
+CG_STEPS = 3  # the exact solution gives no lower error
+DAMPING = 0.2  # of H's mean eigenvalue: without it the noise of H's small eigenvalues, a sample's, is fitted
 TINY = 1e-20
 IMPORTANCE_FLOOR = 1e-2  # of the mean: channels that the calibration text left silent still get a finite scale
 
@@ -63,10 +74,13 @@ class _Side:
         self.row = start.new_ones(*start.shape[:2], 1, dtype=torch.float32)  # [batch, k, 1]
         self.v = start.new_ones(start.shape[0], start.shape[2], 1, dtype=torch.float32)  # [batch, n, 1], norm 1
 
-    def half_step(self, fixed: torch.Tensor, rho: float, ridge: float) -> None:
-        """Moves this factor against `fixed` [batch, k, d], whose rows have unit length."""
-        gram = torch.bmm(fixed, fixed.transpose(1, 2), out=self.gram)
-        torch.bmm(fixed, self.target, out=self.right)
+    def half_step(self, fixed: torch.Tensor, image: torch.Tensor, rho: float, ridge: float) -> None:
+        """Moves this factor against `fixed` [batch, k, d], where `image` is F H, or F itself without a metric.
+
+        The rows of F have unit length, in the metric.
+        """
+        gram = torch.bmm(image, fixed.transpose(1, 2), out=self.gram)
+        torch.bmm(image, self.target, out=self.right)
         # λ + ρ is never below 0.6, more than what rounding G to bfloat16 can take from its least eigenvalue.
         gram = gram.to(torch.float32, copy=True)
         gram.diagonal(dim1=1, dim2=2).add_(ridge + rho)
@@ -74,6 +88,15 @@ class _Side:
         inverse = torch.cholesky_inverse(root).to(fixed.dtype)
         self.right.add_(self.d, alpha=rho)
         torch.bmm(inverse, self.right, out=self.s)
+        self._project()
+
+    def metric_step(self, fixed: torch.Tensor, metric: "_Metric", rho: float, ridge: float) -> None:
+        """Moves this factor, whose columns the metric couples, against `fixed` [batch, k, d] with rows of unit length."""
+        gram, shift = torch.bmm(fixed, fixed.transpose(1, 2), out=self.gram), rho + ridge
+        right = torch.bmm(fixed, metric.rotated, out=self.right)
+        right.add_(torch.bmm(self.d, metric.basis, out=self.s), alpha=rho)
+        metric.solve(gram, right, shift)
+        torch.bmm(metric.solution, metric.back, out=self.s)
         self._project()
 
     def _project(self) -> None:
@@ -92,12 +115,62 @@ class _Side:
         torch.mul(self.unit, low_row, out=self.d).sub_(self.u)
 
 
+class _Metric:
+    """H = Q diag(h) Qᵀ in the forms that the half steps multiply with, and the solver of the one for B'."""
+
+    def __init__(self, moment: torch.Tensor, target: torch.Tensor, k: int, dtype: torch.dtype):
+        """moment [batch, n_in, n_in] and target [batch, n_out, n_in], float32."""
+        values, basis = torch.linalg.eigh(moment)
+        self.values = values.clamp_min(0)[:, None, :].to(dtype)  # h
+        self.moment = moment.to(dtype)
+        self.basis, self.back = basis.to(dtype), basis.transpose(1, 2).contiguous().to(dtype)
+        self.rotated = (target @ moment @ basis).to(dtype)  # V H Q [batch, n_out, n_in]
+        self.solution = torch.zeros(len(moment), k, moment.shape[1], dtype=dtype, device=moment.device)
+        self.residual, self.direction, self.product = (torch.empty_like(self.solution) for _ in range(3))
+
+    def normalised(self, factor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """F [batch, k, n_in] with rows of unit length in this metric, and F H."""
+        image = factor @ self.moment
+        size = (image * factor).sum(dim=2, keepdim=True, dtype=torch.float32).clamp_min(TINY).rsqrt().to(factor.dtype)
+        return factor * size, image * size
+
+    def solve(self, gram: torch.Tensor, right: torch.Tensor, shift: float) -> None:
+        """Brings `solution` [batch, k, n_in] closer to that of gram · S̃ · diag(h) + shift · S̃ = right.
+
+        Conjugate gradients for every column, preconditioned with the diagonal h + shift (that of `gram` is 1).
+        """
+        diagonal = self.values + shift
+        self._apply(gram, self.solution, shift)
+        residual = torch.sub(right, self.product, out=self.residual)
+        direction = torch.div(residual, diagonal, out=self.direction)
+        size = _dot(residual, direction)
+        for step in range(CG_STEPS):
+            product = self._apply(gram, direction, shift)
+            length = (size / _dot(direction, product).clamp_min(TINY)).to(right.dtype)
+            self.solution.addcmul_(direction, length)
+            if step + 1 == CG_STEPS:
+                return
+            residual.addcmul_(product, length, value=-1)
+            scaled = torch.div(residual, diagonal, out=product)
+            last, size = size, _dot(residual, scaled)
+            direction.mul_((size / last.clamp_min(TINY)).to(right.dtype)).add_(scaled)
+
+    def _apply(self, gram: torch.Tensor, x: torch.Tensor, shift: float) -> torch.Tensor:
+        return torch.bmm(gram, x, out=self.product).mul_(self.values).add_(x, alpha=shift)
+
+
+def _dot(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """Scalar products of the columns of [batch, k, n], float32 [batch, 1, n]."""
+    return (x * y).sum(dim=1, keepdim=True, dtype=torch.float32)
+
+
 def factorize(
     weight: torch.Tensor,
     k: int,
     *,
     importance_in: torch.Tensor | None = None,
     importance_out: torch.Tensor | None = None,
+    moment: torch.Tensor | None = None,
     iterations: int = OUTER_ITERATIONS,
     seed: int = 0,
     dtype: torch.dtype | None = None,
@@ -105,20 +178,26 @@ def factorize(
     """Factorizes a batch of weights `[batch, n_out, n_in]` (any float dtype) with `k` middle channels each.
 
     importance_in `[batch, n_in]` and importance_out `[batch, n_out]`: RMS of input activations and output gradients;
-    None is 1 everywhere. `dtype` is that of the products (see `product_dtype`). The result depends on the weights, k,
-    the seed, the device and its thread count only.
+    None is 1 everywhere. moment `[batch, n_in, n_in]`: mean of x xᵀ over input activations x, in the place of
+    importance_in, whose squares it has on its diagonal. `dtype` is that of the products (see `product_dtype`). The result
+    depends on the weights, the importances, k, the seed, the device and its thread count only.
 
     Returns the factors (scales float32, on the weights' device) and the relative squared error ‖W'−Ŵ'‖² / ‖W'‖² of
-    each, `[batch]`, under the importances. Raises ValueError for weights that are not finite or make it diverge.
+    each, `[batch]`, under the importances or, with a moment, of the outputs. Raises ValueError for weights that are not finite or make it diverge.
     """
     if not torch.isfinite(weight).all():
         raise ValueError("the weight has values that are not finite")
     batch, n_out, n_in = weight.shape
     device = weight.device
     dtype = dtype or product_dtype(device)
+    if moment is not None:
+        moment = moment.to(device).float()
+        importance_in = moment.diagonal(dim1=1, dim2=2).clamp_min(0).sqrt()
     o, i = _finite_importance(importance_out, weight, n_out), _finite_importance(importance_in, weight, n_in)
     target = weight.float() * o[:, :, None] * i[:, None, :]
     target = target / target.square().mean(dim=(1, 2), keepdim=True).sqrt().clamp_min(TINY)
+    if moment is not None:
+        moment = _damped(moment / i[:, :, None] / i[:, None, :])
 
     generator = torch.Generator().manual_seed(seed)  # on the CPU: the same start on every device
     start_a, start_b = (torch.randn(k, n, generator=generator).to(device, dtype) for n in (n_out, n_in))
@@ -126,26 +205,33 @@ def factorize(
     side_a = _Side(start_a.expand(batch, -1, -1), low.transpose(1, 2).contiguous())
     side_b = _Side(start_b.expand(batch, -1, -1), low)
     fixed = (start_b.float() / start_b.float().norm(dim=1, keepdim=True)).to(dtype).expand(batch, -1, -1)
+    metric = None if moment is None else _Metric(moment, target, k, dtype)
     for t in range(iterations):
         done = min(1.0, t / max(1, iterations - 3))
         rho, ridge = _anneal(RHO, done), _anneal(RIDGE, done)
-        side_a.half_step(fixed, rho, ridge)
-        side_b.half_step(side_a.unit, rho, ridge)
+        if metric is None:
+            side_a.half_step(fixed, fixed, rho, ridge)
+            side_b.half_step(side_a.unit, side_a.unit, rho, ridge)
+        else:
+            side_a.half_step(*metric.normalised(fixed), rho, ridge)
+            side_b.metric_step(side_a.unit, metric, rho, ridge)
         fixed = side_b.unit
 
     if not all(torch.isfinite(side.row).all() for side in (side_a, side_b)):
         if dtype == torch.float32:
             raise ValueError("the factorization does not converge on this weight")
-        options = {"importance_in": importance_in, "importance_out": importance_out, "seed": seed}
+        options = {"importance_in": importance_in, "importance_out": importance_out, "moment": moment, "seed": seed}
         return factorize(weight, k, **options, iterations=iterations, dtype=torch.float32)
 
     signs_a = torch.where(side_a.unit < 0, -1, 1).to(torch.int8).transpose(1, 2)  # [batch, n_out, k]
     signs_b = torch.where(side_b.unit < 0, -1, 1).to(torch.int8)  # [batch, k, n_in]
     factors, errors = [], []
     for j in range(batch):
-        scales = _refit(target[j], signs_a[j].float(), signs_b[j].float(), side_a.v[j, :, 0], side_b.v[j, :, 0])
+        metric = None if moment is None else moment[j]
+        start = side_a.v[j, :, 0], side_b.v[j, :, 0]
+        scales = _refit(target[j], signs_a[j].float(), signs_b[j].float(), *start, metric)
         found = Factors(signs_a[j].contiguous(), signs_b[j].contiguous(), *scales)
-        errors.append((target[j] - found.dense()).square().sum() / target[j].square().sum().clamp_min(TINY))
+        errors.append(_energy(target[j] - found.dense(), metric) / _energy(target[j], metric).clamp_min(TINY))
         size = (weight[j].float() * o[j][:, None] * i[j]).square().mean().sqrt()
         found.scale_a, found.scale_m, found.scale_b = _balance(scales[0] / o[j], scales[1] * size, scales[2] / i[j])
         factors.append(found)
@@ -167,26 +253,55 @@ def _finite_importance(importance: torch.Tensor | None, weight: torch.Tensor, n:
     return torch.where(mean > TINY, scaled, torch.ones_like(scaled)).clamp_min(IMPORTANCE_FLOOR)
 
 
-def _refit(w: torch.Tensor, a_signs: torch.Tensor, b_signs: torch.Tensor, a: torch.Tensor, b: torch.Tensor):
+def _damped(moment: torch.Tensor) -> torch.Tensor:
+    """H [batch, n, n] of mean eigenvalue 1, the identity mixed in."""
+    size = moment.diagonal(dim1=1, dim2=2).mean(dim=1).clamp_min(TINY)
+    damped = moment / size[:, None, None]
+    damped.diagonal(dim1=1, dim2=2).add_(DAMPING)
+    return damped / (1 + DAMPING)
+
+
+def _energy(w: torch.Tensor, moment: torch.Tensor | None) -> torch.Tensor:
+    """‖W H^½‖², a scalar; H = I where it is None."""
+    return (w.square() if moment is None else (w @ moment) * w).sum()
+
+
+def _refit(
+    w: torch.Tensor,
+    a_signs: torch.Tensor,
+    b_signs: torch.Tensor,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    moment: torch.Tensor | None = None,
+):
     """Least-squares scales for fixed signs: m given (a, b) by one k×k system, then a given (m, b), then b given (a, m).
 
-    w [n_out, n_in]; returns a [n_out], m [k], b [n_in], float32.
+    w [n_out, n_in], moment [n_in, n_in] (None is the identity); returns a [n_out], m [k], b [n_in], float32.
     """
     left, right = a_signs * a[:, None], b_signs * b  # [n_out, k], [k, n_in]
-    system = (left.T @ left) * (right @ right.T)
+    seen, right_seen = (w, right) if moment is None else (w @ moment, right @ moment)
+    m = _solve((left.T @ left) * (right_seen @ right.T), ((left.T @ seen) * right).sum(dim=1))
+    image = (a_signs * m) @ right  # [n_out, n_in], without a
+    image_seen = image if moment is None else image @ moment
+    a = (seen * image).sum(dim=1) / (image * image_seen).sum(dim=1).clamp_min(TINY)
+    image = a[:, None] * ((a_signs * m) @ b_signs)  # without b
+    wanted = (seen * image).sum(dim=0)
+    if moment is None:
+        b = wanted / image.square().sum(dim=0).clamp_min(TINY)
+    else:
+        b = _solve((image.T @ image) * moment, wanted)
+    return a, m, b
+
+
+def _solve(system: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    """The solution [n] of a positive semidefinite system [n, n], which is changed."""
     diagonal = system.diagonal().mean().clamp_min(TINY)
     system.diagonal().add_(1e-5 * diagonal)
-    wanted = ((left.T @ w) * right).sum(dim=1)
     root, broken = torch.linalg.cholesky_ex(system)
     if broken:  # many equal channels: a ridge above the rounding
         system.diagonal().add_(1e-2 * diagonal)
         root = torch.linalg.cholesky(system)
-    m = torch.cholesky_solve(wanted[:, None], root)[:, 0]
-    image = (a_signs * m) @ right  # [n_out, n_in], without a
-    a = (w * image).sum(dim=1) / image.square().sum(dim=1).clamp_min(TINY)
-    image = a[:, None] * ((a_signs * m) @ b_signs)  # without b
-    b = (w * image).sum(dim=0) / image.square().sum(dim=0).clamp_min(TINY)
-    return a, m, b
+    return torch.cholesky_solve(wanted[:, None], root)[:, 0]
 
 
 def _balance(a: torch.Tensor, m: torch.Tensor, b: torch.Tensor):

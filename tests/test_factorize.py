@@ -277,7 +277,7 @@ def test_nearly_parallel_rows_in_bfloat16():
     target = torch.randn(1, n, n, generator=generator).bfloat16()
     rho, ridge = min(((_anneal(RHO, t / 99), _anneal(RIDGE, t / 99)) for t in range(100)), key=sum)
     side = _Side(torch.randn(1, k, n, generator=generator).bfloat16(), target)
-    side.half_step(fixed, rho, ridge)
+    side.half_step(fixed, fixed, rho, ridge)
     assert side.u.abs().max() < 100
 
 
