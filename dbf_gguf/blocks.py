@@ -36,6 +36,7 @@ from .model import one_line, replace_linear, weight_files
 
 EMBEDDING, HEAD, NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"
 SHAPES_KEPT = 4  # batch shapes whose block arguments are kept
+WINDOW_MEMORY = 2 << 30  # bytes for the intermediate results of all windows that run side by side
 SPARE = 64 << 20  # bytes of a disk that activations leave free
 
 
@@ -133,6 +134,19 @@ class BlockModel:
         with self._lock:
             self._kept.clear()
             self._body.embed_tokens.weight = nn.Parameter(torch.empty(0, device="meta"), requires_grad=False)
+
+    def workers(self, length: int, backward: bool) -> int:
+        """How many windows of `length` tokens to run side by side (`threads.side_by_side`): on a CPU one a thread.
+
+        The thread count decides; only where windows are so long that their intermediate results would exceed
+        WINDOW_MEMORY, fewer. `backward`: whether these are kept for a backward pass.
+        """
+        if self.device.type != "cpu":
+            return 1
+        widths = [sum(m.weight.shape) for m in self._body.layers[0].modules() if isinstance(m, nn.Linear)]
+        # inputs and outputs of all linears, and as much again for norms, attention and activation functions
+        each = 2 * length * self.dtype.itemsize * (sum(widths) if backward else 2 * max(widths))
+        return max(1, min(torch.get_num_threads(), WINDOW_MEMORY // each))
 
     # --- within
 

@@ -25,10 +25,11 @@ import torch
 from safetensors import safe_open
 
 from . import calibration, distill, importance
+from .blocks import BlockModel
 from .budget import bits_per_weight, linear_bits, uniform_budget
 from .checkpoint import WorkFolder, read_tensors
 from .errors import DBFError
-from .evaluate import perplexity
+from .evaluate import dense_and_compressed
 from .factorize import factorize, product_dtype
 from .fetch import sha256_of
 from .gguf_file import PARTS, GGUFFile
@@ -244,14 +245,17 @@ class Job:
     def load_dense(self):
         return load_dense(self.source.folder, self.dtype, self.settings.device)
 
+    def block_model(self) -> BlockModel:
+        return BlockModel(self.source.folder, self.dtype, self.settings.device)
+
     def measure_importance(self) -> None:
         if self.work.has("importance.safetensors"):
             self.screen.line("importance: done before")
             return
         begin = time.monotonic()
         windows = self.windows["calibration"].long()
-        with self.screen.progress("importance", len(windows)) as update:
-            tensors = importance.measure(self.load_dense(), windows, update)
+        with self.screen.progress("importance", None) as update:
+            tensors = importance.measure(self.block_model(), windows, self.work.path, update)
         self.work.write_tensors("importance.safetensors", tensors)
         seconds = time.monotonic() - begin
         self.screen.line(f"importance: {len(windows)} windows of {windows.shape[1]} tokens, {seconds:.0f} s")
@@ -385,11 +389,8 @@ class Job:
             return
         windows = self.evaluation_windows
         bos = calibration.leading_bos(self.tokenizer)
-        model = self.load_dense()
-        with self.screen.progress("perplexity", 2 * len(windows)) as update:
-            dense = perplexity(model, windows, bos, update)
-            apply_work(model, work, self.dtype)
-            compressed = perplexity(model, windows, bos, lambda done: update(len(windows) + done))
+        with self.screen.progress("perplexity", None) as update:
+            dense, compressed = dense_and_compressed(self.block_model(), work, windows, bos, update)
         work.manifest["perplexity"] = {"windows": len(windows), "dense": dense, "compressed": compressed}
         work.save()
 
