@@ -46,6 +46,7 @@ CHARACTERS_PER_TOKEN = 6  # an upper bound on English text, for how much of a hu
 WINDOWS = "windows.safetensors"
 MINUTES_POOL = 2_000_000  # tokens to tune on, when the bound is minutes
 FINGERPRINT_SAMPLES, FINGERPRINT_BYTES = 64, 1 << 16
+SIDE_BY_SIDE_BYTES = 3 << 30  # for all linears that are factorized at a time on a CPU
 GROUPED = ("cuda", "mps")  # devices on which equal-shaped linears of a block are factorized in one batch
 
 
@@ -116,14 +117,15 @@ def _work_folder(path: Path):
 
 
 def workers_for(threads: int, n_out: int, n_in: int, k: int, memory: int) -> int:
-    """How many linears of this size are factorized at a time on a CPU: one a thread, as far as half the memory goes.
+    """How many linears of this size are factorized at a time on a CPU: one a thread, as far as memory goes.
 
-    `memory` in bytes.
+    `memory` in bytes; half of it is used, and no more than SIDE_BY_SIDE_BYTES: the products of linears that exceed
+    these are long enough for many threads.
     """
     item = product_dtype(torch.device("cpu")).itemsize
     # target in two precisions; five work arrays, signs and their float32 products at the end; k x k matrices
     each = 12 * n_out * n_in + (6 * item + 13) * k * (n_out + n_in) + (3 * item + 12) * k * k
-    return max(1, min(threads, memory // 2 // each))
+    return max(1, min(threads, min(memory // 2, SIDE_BY_SIDE_BYTES) // each))
 
 
 class Job:
