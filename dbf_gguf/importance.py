@@ -2,59 +2,125 @@
 
 The paper (section 3.3) factorizes diag(o) W diag(i), i the norm of the input activations per column and o the norm of
 the loss gradient per row, a rank-1 approximation of the diagonal Fisher information. One pass over the calibration
-windows yields both, in memory that does not grow with their number: hooks keep running sums of squares, no weight has
-a gradient, blocks are recomputed in the backward pass (gradient checkpointing), and logits exist only piece by piece.
+windows yields both, with one block in memory at a time and in memory that grows neither with blocks nor with windows:
+
+    forward    every block's input is kept, for all windows of a group
+    loss       the gradient for the last block's output, logits a piece at a time
+    backward   from the last block to the first: run again on the kept input, differentiated; hooks on its linears keep
+               running sums of squares, no weight has a gradient
+
+A group is as many windows as `GROUP_BYTES` of inputs allow, so each block is read twice a group. Windows are added up
+in their order whatever the groups are, so that the result does not depend on these bounds.
 """
 
+import shutil
+import threading
 from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 
 import torch
 
+from .blocks import Activations, BlockModel, linears
 from .loss import cross_entropy
-from .model import block_linears, checkpointing
+from .threads import side_by_side
+
+MEMORY_BYTES = 1 << 30  # of block inputs that are kept in memory; a larger group's are in a file
+GROUP_BYTES = 8 << 30  # of block inputs in a file, or half of the free disk where that is less
 
 
-def measure(model, windows: torch.Tensor, progress: Callable[[int], None] = lambda done: None):
-    """Importance of every block linear over `windows` [count, length] (token ids), one window at a time.
+def measure(
+    model: BlockModel,
+    windows: torch.Tensor,
+    folder: Path,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> dict[str, torch.Tensor]:
+    """Importance of every block linear over `windows` [count, length] (token ids); inputs go into `folder` if need be.
 
-    Returns {"<linear>.input": [n_in], "<linear>.output": [n_out]} in float32 on the CPU: root of the mean over all
-    tokens of the squared activation, and of the squared gradient of the mean next-token loss.
+    `progress` gets (done, total) in passages of a window through a block. Returns {"<linear>.input": [n_in],
+    "<linear>.output": [n_out]} in float32 on the CPU: root of the mean over all tokens of the squared activation, and
+    of the squared gradient of the mean next-token loss. Raises DBFError when a weight is missing or the disk is full.
     """
+    count, length = windows.shape
+    depth, d = len(model), model.config.hidden_size
+    each = (depth + 1) * length * d * model.dtype.itemsize
+    group = min(count, max(1, max(MEMORY_BYTES, min(GROUP_BYTES, shutil.disk_usage(folder).free // 2)) // each))
+    # the input of block i for window w of the group is at i * group + w; at i = depth the last output, then gradients
+    states = Activations((depth + 1) * group, length, d, model.dtype, folder, MEMORY_BYTES)
     sums: dict[str, torch.Tensor] = {}
-    handles = []
-    first_pass = False  # blocks run again in the backward pass: that pass must neither count nor hold anything
+    done, total = 0, 2 * depth * count
 
-    def add(key: str, values: torch.Tensor) -> None:
-        square = values.detach().float().flatten(0, -2).square().sum(dim=0)
-        sums[key] = sums[key] + square if key in sums else square
+    def each_window(pool, work: Callable[[int], dict], n: int) -> None:
+        nonlocal done
+        for squares in pool.map(work, range(n)):  # in the windows' order, whichever is ready first
+            for key, square in squares.items():
+                sums[key] = sums[key] + square if key in sums else square
+            done += 1
+            progress(done, total)
 
-    def hook(name: str):
-        def forward(_module, inputs, output):
-            if first_pass:
-                add(f"{name}.input", inputs[0])
-                output.register_hook(lambda gradient: add(f"{name}.output", gradient))
-
-        return forward
-
-    for name, module in block_linears(model).items():
-        handles.append(module.register_forward_hook(hook(name)))
-    embedding = model.get_input_embeddings()
-    head = model.get_output_embeddings().weight
-    try:
-        with checkpointing(model):
-            for number, window in enumerate(windows.to(embedding.weight.device), 1):
-                embedded = embedding(window[None]).requires_grad_()
-                first_pass = True
-                hidden = model.model(inputs_embeds=embedded, use_cache=False).last_hidden_state
-                first_pass = False
-                flat = hidden.detach()[0, :-1]
-                _, gradient = cross_entropy(flat, head, window[1:])
-                full = torch.zeros_like(hidden)
-                full[0, :-1] = gradient / len(flat)
-                hidden.backward(full)
-                progress(number)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with side_by_side(model.workers(length, backward=True)) as pool:
+        for start in range(0, count, group):
+            ids = windows[start : start + group]
+            for number, window in enumerate(ids):
+                states.write(slice(number, number + 1), model.embed(window[None]))
+            model.release()
+            for index in range(depth):
+                block = model.block(index)
+                each_window(pool, partial(_forward, model, states, group, index, block), len(ids))
+            list(pool.map(partial(_loss, model, states, group, ids), range(len(ids))))
+            model.release()
+            for index in reversed(range(depth)):
+                block, local = model.block(index), threading.local()
+                for name, module in linears(index, block).items():
+                    module.register_forward_hook(partial(_count, name, local))
+                each_window(pool, partial(_backward, model, states, group, index, block, local), len(ids))
     tokens = windows.numel()
-    return {key: (total / tokens).sqrt().cpu() for key, total in sums.items()}
+    return {f"{name}.{side}": (sums[f"{name}.{side}"] / tokens).sqrt().cpu() for name, side in _order(sums)}
+
+
+def _order(sums: dict[str, torch.Tensor]) -> list[tuple[str, str]]:
+    """(linear, side) from the first block to the last; sums were begun from the last to the first."""
+    names = [key.removesuffix(".input") for key in sums if key.endswith(".input")]
+    names.sort(key=lambda name: int(name.split(".")[2]))
+    return [(name, side) for name in names for side in ("input", "output")]
+
+
+@torch.no_grad()
+def _forward(model: BlockModel, states: Activations, group: int, index: int, block, window: int) -> dict:
+    here, there = index * group + window, (index + 1) * group + window
+    states.write(slice(there, there + 1), model.run(index, block, states.read(slice(here, here + 1))))
+    return {}
+
+
+def _loss(model: BlockModel, states: Activations, group: int, ids: torch.Tensor, window: int) -> None:
+    """Replaces the last block's output by the gradient of the window's mean next-token loss."""
+    place = slice(len(model) * group + window, len(model) * group + window + 1)
+    hidden = states.read(place).to(model.device).requires_grad_()
+    normed = model.norm(hidden)
+    flat = normed.detach()[0, :-1]
+    _, gradient = cross_entropy(flat, model.head, ids[window, 1:].to(model.device))
+    full = torch.zeros_like(normed)
+    full[0, :-1] = gradient / len(flat)
+    states.write(place, torch.autograd.grad(normed, hidden, full)[0])
+
+
+def _backward(model: BlockModel, states: Activations, group: int, index: int, block, local, window: int) -> dict:
+    """Replaces the gradient for a block's output by that for its input; returns this window's sums of squares."""
+    here, place = index * group + window, len(model) * group + window
+    hidden = states.read(slice(here, here + 1)).to(model.device).requires_grad_()
+    squares = local.squares = {}
+    output = model.run(index, block, hidden)
+    gradient = states.read(slice(place, place + 1)).to(model.device)
+    states.write(slice(place, place + 1), torch.autograd.grad(output, hidden, gradient)[0])
+    return squares
+
+
+def _count(name: str, local: threading.local, _module, inputs, output: torch.Tensor) -> None:
+    """Forward hook of a linear: sums of squares over the tokens of the window that this thread is at."""
+    squares = local.squares
+    squares[f"{name}.input"] = _squares(inputs[0])
+    output.register_hook(lambda gradient: squares.__setitem__(f"{name}.output", _squares(gradient)))
+
+
+def _squares(values: torch.Tensor) -> torch.Tensor:
+    return values.detach().float().flatten(0, -2).square().sum(dim=0)

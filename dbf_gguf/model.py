@@ -49,7 +49,7 @@ def load_dense(folder: Path, dtype: torch.dtype = torch.float32, device: str = "
 
     Raises DBFError when it cannot be loaded or lacks weights.
     """
-    with _one_line(folder):
+    with one_line(folder):
         model, report = AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype, local_files_only=True, output_loading_info=True
         )
@@ -63,7 +63,7 @@ def load_dense(folder: Path, dtype: torch.dtype = torch.float32, device: str = "
 
 
 @contextmanager
-def _one_line(folder: Path):
+def one_line(folder: Path):
     """Turns what transformers, safetensors and config validation raise, each types of their own, into a DBFError."""
     try:
         yield
@@ -89,7 +89,7 @@ def block_linears(model) -> dict[str, nn.Linear]:
 
 def linear_shapes(folder: Path) -> dict[str, tuple[int, int]]:
     """(n_out, n_in) of every block linear, from the config alone. Raises DBFError when transformers refuses it."""
-    with _one_line(folder), torch.device("meta"):
+    with one_line(folder), torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder, local_files_only=True))
     return {name: tuple(module.weight.shape) for name, module in block_linears(model).items()}
 

@@ -25,10 +25,11 @@ import torch
 from safetensors import safe_open
 
 from . import calibration, distill, importance
+from .blocks import BlockModel
 from .budget import bits_per_weight, linear_bits, uniform_budget
 from .checkpoint import WorkFolder, read_tensors
 from .errors import DBFError
-from .evaluate import perplexity
+from .evaluate import dense_and_compressed
 from .factorize import factorize, product_dtype
 from .fetch import sha256_of
 from .gguf_file import PARTS, GGUFFile
@@ -45,6 +46,7 @@ CHARACTERS_PER_TOKEN = 6  # an upper bound on English text, for how much of a hu
 WINDOWS = "windows.safetensors"
 MINUTES_POOL = 2_000_000  # tokens to tune on, when the bound is minutes
 FINGERPRINT_SAMPLES, FINGERPRINT_BYTES = 64, 1 << 16
+SIDE_BY_SIDE_BYTES = 3 << 30  # for all linears that are factorized at a time on a CPU
 GROUPED = ("cuda", "mps")  # devices on which equal-shaped linears of a block are factorized in one batch
 
 
@@ -115,14 +117,15 @@ def _work_folder(path: Path):
 
 
 def workers_for(threads: int, n_out: int, n_in: int, k: int, memory: int) -> int:
-    """How many linears of this size are factorized at a time on a CPU: one a thread, as far as half the memory goes.
+    """How many linears of this size are factorized at a time on a CPU: one a thread, as far as memory goes.
 
-    `memory` in bytes.
+    `memory` in bytes; half of it is used, and no more than SIDE_BY_SIDE_BYTES: the products of linears that exceed
+    these are long enough for many threads.
     """
     item = product_dtype(torch.device("cpu")).itemsize
     # target in two precisions; five work arrays, signs and their float32 products at the end; k x k matrices
     each = 12 * n_out * n_in + (6 * item + 13) * k * (n_out + n_in) + (3 * item + 12) * k * k
-    return max(1, min(threads, memory // 2 // each))
+    return max(1, min(threads, min(memory // 2, SIDE_BY_SIDE_BYTES) // each))
 
 
 class Job:
@@ -244,14 +247,17 @@ class Job:
     def load_dense(self):
         return load_dense(self.source.folder, self.dtype, self.settings.device)
 
+    def block_model(self) -> BlockModel:
+        return BlockModel(self.source.folder, self.dtype, self.settings.device)
+
     def measure_importance(self) -> None:
         if self.work.has("importance.safetensors"):
             self.screen.line("importance: done before")
             return
         begin = time.monotonic()
         windows = self.windows["calibration"].long()
-        with self.screen.progress("importance", len(windows)) as update:
-            tensors = importance.measure(self.load_dense(), windows, update)
+        with self.screen.progress("importance", None) as update:
+            tensors = importance.measure(self.block_model(), windows, self.work.path, update)
         self.work.write_tensors("importance.safetensors", tensors)
         seconds = time.monotonic() - begin
         self.screen.line(f"importance: {len(windows)} windows of {windows.shape[1]} tokens, {seconds:.0f} s")
@@ -385,11 +391,8 @@ class Job:
             return
         windows = self.evaluation_windows
         bos = calibration.leading_bos(self.tokenizer)
-        model = self.load_dense()
-        with self.screen.progress("perplexity", 2 * len(windows)) as update:
-            dense = perplexity(model, windows, bos, update)
-            apply_work(model, work, self.dtype)
-            compressed = perplexity(model, windows, bos, lambda done: update(len(windows) + done))
+        with self.screen.progress("perplexity", None) as update:
+            dense, compressed = dense_and_compressed(self.block_model(), work, windows, bos, update)
         work.manifest["perplexity"] = {"windows": len(windows), "dense": dense, "compressed": compressed}
         work.save()
 

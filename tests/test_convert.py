@@ -455,6 +455,7 @@ def test_workers_fit_into_memory():
     large = dict(n_out=11008, n_in=4096, k=5971)
     assert 1 <= pipeline.workers_for(16, **large, memory=16 << 30) < 8
     assert pipeline.workers_for(16, **large, memory=1 << 20) == 1
+    assert pipeline.workers_for(16, **large, memory=1 << 40) == 1  # a 7B takes no more on a larger machine
 
 
 @pytest.mark.parametrize("text, limited", [("1000000\n", True), ("max\n", False), (None, False)])

@@ -7,6 +7,7 @@ The models are tiny and random: what is compared is arithmetic and bookkeeping, 
 import copy
 import math
 import re
+import threading
 from types import SimpleNamespace
 
 import numpy as np
@@ -19,15 +20,17 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCau
 
 import dbf_gguf
 from dbf_gguf import distill as distill_module
-from dbf_gguf import importance, loss
+from dbf_gguf import evaluate, importance, loss
+from dbf_gguf.blocks import BlockModel
 from dbf_gguf.checkpoint import WorkFolder
 from dbf_gguf.distill import Trainables, distill, learning_rate
 from dbf_gguf.errors import DBFError
-from dbf_gguf.evaluate import perplexity
+from dbf_gguf.evaluate import dense_and_compressed, perplexity
 from dbf_gguf.factorize import factorize
 from dbf_gguf.factors import Factors
 from dbf_gguf.model import (
     DBFLinear,
+    apply_work,
     block_linears,
     checkpointing,
     linear_shapes,
@@ -305,6 +308,35 @@ def test_perplexity_of_the_second_halves(kind, n_ctx, bos):
     assert (windows[:, 0] == 5).all()  # the caller's windows are not written to
 
 
+@pytest.mark.parametrize("in_memory", [True, False], ids=["memory", "file"])
+@pytest.mark.parametrize("bos", [None, 3])
+@pytest.mark.parametrize(("n_ctx", "kind"), [(3, "llama-tied"), (37, "llama-untied"), (600, "qwen3")])
+def test_block_by_block_perplexity_is_that_of_the_whole_models(kind, n_ctx, bos, in_memory, tmp_path, monkeypatch):
+    """Half of the linears replaced, a norm of a block and the last one tuned."""
+    whole = saved(kind, tmp_path / "model")
+    work = WorkFolder.create(tmp_path / "work")
+    for name in list(block_linears(whole))[::2]:
+        n_out, n_in = whole.get_submodule(name).weight.shape
+        work.write_linear(name, random_factors(n_out, K, n_in), {})
+    final = {f"{name}.{scale}": value for name in work.linears() for scale, value in work.scales(name).items()}
+    norms = ["model.layers.1.post_attention_layernorm.weight", "model.norm.weight"]
+    work.write_tensors("final.safetensors", final | {name: torch.linspace(0.5, 2, HIDDEN) for name in norms})
+    windows, done = ids(3, n_ctx), []
+    windows[:, 0] = 5
+    if not in_memory:
+        monkeypatch.setattr(evaluate, "MEMORY_BYTES", 0)
+    model = BlockModel(tmp_path / "model")
+    found = dense_and_compressed(model, work, windows, bos, lambda *step: done.append(step))
+    dense = perplexity(whole, windows, bos)
+    apply_work(whole, work, torch.float32)
+    compressed = perplexity(whole, windows, bos)
+    assert compressed > 1.01 * dense or compressed < 0.99 * dense
+    assert found == pytest.approx((dense, compressed), rel=1e-6)
+    assert done == [(number, 6 * LAYERS) for number in range(1, 6 * LAYERS + 1)]
+    assert (windows[:, 0] == 5).all()
+    assert sorted(path.name for path in work.path.iterdir()) == ["final.safetensors", "linears", "manifest.json"]
+
+
 # --- importance
 
 
@@ -332,39 +364,62 @@ def reference_importance(kind: str, windows: torch.Tensor) -> dict[str, torch.Te
     return {key: torch.cat(values).mean(dim=0).sqrt() for key, values in squares.items()}
 
 
+@pytest.mark.parametrize("windows_in_a_group", [1, 2, 3])
 @pytest.mark.parametrize(("kind", "length"), [("llama-tied", 21), ("llama-untied", 3), ("qwen3", 300)])
-def test_importance_is_that_of_plain_autograd(kind, length):
-    model, windows = tiny(kind), ids(3, length)
-    calls = dict.fromkeys(block_linears(model), 0)
-    for name, module in block_linears(model).items():
-        module.register_forward_hook(lambda *_, name=name: calls.__setitem__(name, calls[name] + 1))
-    hooks = {name: len(module._forward_hooks) for name, module in block_linears(model).items()}
+def test_importance_is_that_of_plain_autograd(kind, length, windows_in_a_group, tmp_path, monkeypatch):
+    """In memory as in a file; and the groups do not show in a single bit."""
+    saved(kind, tmp_path)
+    model, windows = BlockModel(tmp_path), ids(3, length)
+    read = []
+    monkeypatch.setattr(model, "block", lambda index, block=model.block: read.append(index) or block(index))
+    each = (LAYERS + 1) * length * HIDDEN * 4
+    monkeypatch.setattr(importance, "MEMORY_BYTES", {1: each, 2: 0, 3: 3 * each}[windows_in_a_group])
+    monkeypatch.setattr(importance, "GROUP_BYTES", windows_in_a_group * each)
     done = []
-    found = importance.measure(model, windows, done.append)
-    # blocks did run twice (but for their last linear, where recomputation may stop): counting once is not for free
-    assert all(n == 2 * len(windows) for name, n in calls.items() if not name.endswith("down_proj")), calls
+    found = importance.measure(model, windows, tmp_path, lambda *step: done.append(step))
+    there_and_back = [*range(LAYERS), *reversed(range(LAYERS))]
+    assert read == there_and_back * math.ceil(3 / windows_in_a_group)  # no block is read more often than it must
     wanted = reference_importance(kind, windows)
+    assert list(found) == [key for name in linear_shapes(tmp_path) for key in (f"{name}.input", f"{name}.output")]
     assert found.keys() == wanted.keys() and len(found) == 2 * 7 * LAYERS
     for key, value in found.items():
-        assert value.dtype == torch.float32 and relative(value, wanted[key]) < 1e-3, key
-    assert done == [1, 2, 3]
-    assert not model.training and not is_checkpointing(model)
-    assert {name: len(module._forward_hooks) for name, module in block_linears(model).items()} == hooks
-    assert all(p.grad is None and not p.requires_grad for p in model.parameters())
+        assert value.dtype == torch.float32 and relative(value, wanted[key]) < 1e-5, key
+    assert done == [(number, 6 * LAYERS) for number in range(1, 6 * LAYERS + 1)]
+    monkeypatch.undo()
+    plain = importance.measure(BlockModel(tmp_path), windows, tmp_path)
+    assert all(found[key].equal(plain[key]) for key in plain)
 
 
-def test_importance_keeps_no_hooks_when_it_is_interrupted():
-    model = tiny("llama-tied")
+def test_importance_side_by_side_is_the_same_every_time(tmp_path):
+    """Windows finish in any order on two threads; they are added up in their own."""
+    saved("llama-untied", tmp_path)
+    windows = ids(7, 50)
+    wanted = importance.measure(BlockModel(tmp_path), windows, tmp_path)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        model = BlockModel(tmp_path)
+        assert model.workers(50, backward=True) == 2
+        for _ in range(5):
+            found = importance.measure(model, windows, tmp_path)
+            assert all(found[key].equal(wanted[key]) for key in wanted)
+    finally:
+        torch.set_num_threads(threads)
 
-    def stop(done):
+
+def test_importance_can_be_interrupted(tmp_path):
+    saved("llama-tied", tmp_path)
+    model = BlockModel(tmp_path)
+
+    def stop(done, total):
         raise KeyboardInterrupt
 
+    before = threading.active_count()
     with pytest.raises(KeyboardInterrupt):
-        importance.measure(model, ids(2, 9), stop)
-    assert not model.training and not is_checkpointing(model)
-    assert not any(module._forward_hooks for module in block_linears(model).values())
-    again = importance.measure(model, ids(2, 9))
-    fresh = importance.measure(tiny("llama-tied"), ids(2, 9))
+        importance.measure(model, ids(2, 9), tmp_path, stop)
+    assert threading.active_count() == before
+    again = importance.measure(model, ids(2, 9), tmp_path)
+    fresh = importance.measure(BlockModel(tmp_path), ids(2, 9), tmp_path)
     assert all(again[key].equal(fresh[key]) for key in fresh)
 
 
@@ -598,9 +653,10 @@ def test_dropout_of_a_config_stays_off(tmp_path):
     model = saved("llama-tied", tmp_path)
     config = tmp_path / "config.json"
     config.write_text(config.read_text().replace('"attention_dropout": 0.0', '"attention_dropout": 0.5'))
-    wanted = importance.measure(model, ids(2, 30))
-    found = importance.measure(load_dense(tmp_path), ids(2, 30))
-    assert all(found[key].equal(wanted[key]) for key in wanted)
+    wanted = model(ids(2, 30), use_cache=False).logits
+    loaded = load_dense(tmp_path)
+    with checkpointing(loaded):
+        assert loaded(ids(2, 30), use_cache=False).logits.equal(wanted)
 
 
 # --- distillation
