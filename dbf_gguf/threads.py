@@ -4,7 +4,8 @@ The products of a small model are too short to gain much from a second thread, w
 their own do not wait for one another. torch releases the interpreter's lock during its operations, so threads suffice.
 """
 
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
@@ -22,3 +23,14 @@ def side_by_side(workers: int) -> Iterator[ThreadPoolExecutor]:
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
         torch.set_num_threads(threads)  # what the pool's threads set is also the process' default
+
+
+def in_order(pool: ThreadPoolExecutor, work: Callable, items: Iterable, ahead: int) -> Iterator:
+    """The results of `work` on `items` in their order, at most `ahead` of them computed before they are asked for."""
+    pending = deque()
+    for item in items:
+        pending.append(pool.submit(work, item))
+        if len(pending) == ahead:
+            yield pending.popleft().result()
+    while pending:
+        yield pending.popleft().result()

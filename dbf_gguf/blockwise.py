@@ -1,0 +1,188 @@
+"""Compression block by block: what a linear is fitted to are the inputs that it will really get.
+
+Two streams of hidden states go through the model, over the same windows: the dense model's, and that of the model whose
+blocks before this one are compressed already. Within a block, the linears that read the same input (q, k, v; o; gate, up;
+down) are compressed one group after the other. From the inputs x of the dense and x̂ of the compressed stream come, as
+means over all tokens,
+
+    H = x̂ᵀ x̂    C = xᵀ x̂    R = (r − r̂)ᵀ x̂        r: the residual stream that the output is added to, else R = 0
+
+and the group's weights are first replaced by those that correct, as far as a linear can, what the compression before
+them has done to their input and to the residual stream (the pre-tuning of the dense block, in closed form):
+
+    W* = argmin ‖W* x̂ − (W x + r − r̂)‖² + δ ‖(W* − W) diag(H)^½‖²  =  W + (W (C − H) + R) (H + δ diag(H))⁻¹
+
+Then W* is factorized with H as the metric of its inputs, so that the factors' error is small where inputs are large.
+
+One block and its factors are in memory at a time. The streams are kept by `blocks.Activations`, in memory or in a file.
+A resumed run takes the streams through the finished blocks again, which costs seconds a block.
+"""
+
+import contextlib
+import copy
+import threading
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import torch
+from torch import nn
+
+from .blocks import Activations, BlockModel, block_prefix, linears, replace
+from .checkpoint import WorkFolder
+from .threads import in_order, side_by_side
+
+CORRECTION_RIDGE = 1.0  # δ
+MEMORY_BYTES = 1 << 30  # of each stream, before it is kept in a file
+RESIDUAL = {"o_proj": None, "down_proj": "post_attention_layernorm"}  # whose input the output is added to; None: block's
+TOKEN_CAP = 10.0  # times the median energy of a token's input; a token above it counts as if it had that much
+
+
+class _Reached(Exception):
+    """Ends a passage through a block at the input that was asked for."""
+
+
+class Streams:
+    """Hidden states before the current block, of the dense model and of the one compressed so far.
+
+    windows [count, length] of token ids. `workers` windows are run side by side.
+    """
+
+    def __init__(self, model: BlockModel, windows: torch.Tensor, work: WorkFolder):
+        shape = (*windows.shape, model.config.hidden_size)
+        self.model, self.count = model, len(windows)
+        self.workers = model.workers(windows.shape[1], backward=False)
+        self.dense, self.compressed = (Activations(*shape, model.dtype, work.path, MEMORY_BYTES) for _ in range(2))
+        for number, window in enumerate(windows):
+            hidden = model.embed(window[None])
+            for stream in (self.dense, self.compressed):
+                stream.write(slice(number, number + 1), hidden)
+        model.release()
+
+    def advance(self, index: int, dense: nn.Module, compressed: nn.Module) -> None:
+        """Takes both streams through block `index`."""
+
+        @torch.no_grad()
+        def one(number: int) -> None:
+            place = slice(number, number + 1)
+            for stream, block in ((self.dense, dense), (self.compressed, compressed)):
+                stream.write(place, self.model.run(index, block, stream.read(place)))
+
+        with side_by_side(self.workers) as pool:
+            list(pool.map(one, range(self.count)))
+
+    def moments(self, index: int, dense: nn.Module, compressed: nn.Module, group: list[str]):
+        """H, C [n_in, n_in] and R [n_out, n_in] or None, float32, of a group of linears of block `index`."""
+        first = group[0].removeprefix(block_prefix(index))
+        residual = RESIDUAL.get(first.rpartition(".")[2], first)
+        if residual not in (None, first) and residual not in dict(dense.named_modules()):
+            residual = first
+        taps = [first] if residual in (None, first) else [residual, first]
+        local = threading.local()  # .seen: the inputs that this thread's passage has met
+
+        @torch.no_grad()
+        def one(number: int) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
+            found = []
+            for stream, block in ((self.dense, dense), (self.compressed, compressed)):
+                hidden = stream.read(slice(number, number + 1)).to(self.model.device)
+                local.seen = {}
+                with contextlib.suppress(_Reached):
+                    self.model.run(index, block, hidden)
+                rest = None if residual == first else (hidden if residual is None else local.seen[residual])
+                found.append((local.seen[first].flatten(0, 1), None if rest is None else rest.flatten(0, 1)))
+            return found
+
+        sums: list = [0.0, 0.0, None]
+        tokens = 0
+        with _tapped((dense, compressed), taps, local), side_by_side(self.workers) as pool:
+            for (x, r), (x_hat, r_hat) in in_order(pool, one, range(self.count), 2 * self.workers):
+                weight = _capped(x_hat)
+                weighted = (x_hat * weight).T
+                tokens += len(x)
+                sums[0] = sums[0] + (weighted @ x_hat).float()
+                sums[1] = sums[1] + (x.T @ weighted.T).float()
+                if r is not None:
+                    difference = ((r - r_hat).T @ weighted.T).float()
+                    sums[2] = difference if sums[2] is None else sums[2] + difference
+        return [None if value is None else value / tokens for value in sums]
+
+
+def corrected(weight: torch.Tensor, h: torch.Tensor, c: torch.Tensor, r: torch.Tensor | None) -> torch.Tensor:
+    """W* [n_out, n_in] of a weight [n_out, n_in], float32; see the formula above."""
+    weight = weight.float()
+    size = h.diagonal().sqrt().clamp_min(1e-3 * h.diagonal().mean().sqrt())
+    system = h / size[:, None] / size
+    system.diagonal().add_(CORRECTION_RIDGE)
+    wanted = weight @ (c - h)
+    if r is not None:
+        wanted += r
+    return weight + torch.cholesky_solve((wanted / size).T, torch.linalg.cholesky(system)).T / size
+
+
+def groups(model: BlockModel, index: int, block: nn.Module, hidden: torch.Tensor) -> list[list[str]]:
+    """The linears of a block that read the same input, by name in the model, in the order of their use.
+
+    hidden [1, length, d] is any input of the block.
+    """
+    order: list[tuple[torch.Tensor, list[str]]] = []
+
+    def note(name: str, _module, inputs) -> None:
+        if order and order[-1][0] is inputs[0]:
+            order[-1][1].append(name)
+        else:
+            order.append((inputs[0], [name]))
+
+    handles = [m.register_forward_pre_hook(partial(note, name)) for name, m in linears(index, block).items()]
+    with torch.no_grad():
+        model.run(index, block, hidden)
+    for handle in handles:
+        handle.remove()
+    return [names for _, names in order]
+
+
+def compress(
+    model: BlockModel,
+    windows: torch.Tensor,
+    work: WorkFolder,
+    factorize: Callable[[dict[str, torch.Tensor], torch.Tensor], None],
+) -> None:
+    """Compresses every linear of every block, in their order, over `windows` [count, length].
+
+    factorize  is given {name: W* [n_out, n_in]} of a group and H [n_in, n_in]; it must put every name into the work folder
+    """
+    streams = Streams(model, windows, work)
+    for index in range(len(model)):
+        dense = model.block(index)
+        compressed = copy.deepcopy(dense)
+        for group in groups(model, index, dense, streams.dense.read(slice(0, 1))):
+            pending = [name for name in group if name not in work.manifest["linears"]]
+            if pending:
+                h, c, r = streams.moments(index, dense, compressed, group)
+                weights = linears(index, dense)
+                factorize({name: corrected(weights[name].weight, h, c, r) for name in pending}, h)
+            for name in group:
+                replace(index, compressed, name, work.factors(name), model.dtype)
+        if index + 1 < len(model):
+            streams.advance(index, dense, compressed)
+
+
+def _capped(x: torch.Tensor) -> torch.Tensor:
+    """Weights [tokens, 1] by which no token has more than TOKEN_CAP times the median energy of x [tokens, n]."""
+    energy = x.float().square().sum(dim=1, keepdim=True)
+    return (TOKEN_CAP * energy.median() / energy.clamp_min(1e-20)).clamp_max(1).to(x.dtype)
+
+
+@contextlib.contextmanager
+def _tapped(blocks: tuple[nn.Module, ...], names: list[str], local: threading.local) -> Iterator[None]:
+    """Within, inputs of the named modules are put into `local.seen`; at that of the last one a passage ends."""
+
+    def note(name: str, _module, inputs) -> None:
+        local.seen[name] = inputs[0]
+        if name == names[-1]:
+            raise _Reached
+
+    handles = [b.get_submodule(name).register_forward_pre_hook(partial(note, name)) for b in blocks for name in names]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
