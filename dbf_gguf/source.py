@@ -40,6 +40,9 @@ SUPPORTED = {
     "qwen3": ("default", "linear", "yarn"),
     "phi3": ("default", "longrope"),
 }
+# what else a YaRN config may say: llama.cpp and transformers take other values differently
+YARN = {"beta_fast": 32, "beta_slow": 1, "partial_rotary_factor": 1, "truncate": True}
+YARN_KEYS = ("rope_type", "type", "rope_theta", "factor", "original_max_position_embeddings")
 GGUF_SUPPORTED = ("llama", "mistral", "qwen2", "qwen3")  # general.architecture
 DENSE_VERSION = 1  # of the conversion below: a new one makes cached folders stale
 HUB_FILES = ["*.safetensors", "*.json", "*.model", "*.jinja", "merges.txt"]
@@ -130,10 +133,15 @@ def _check_variant(config: dict, kind: str, what: str) -> None:
         raise DBFError(f"{what}: activation {activation} is not supported in {kind}, llama.cpp computes silu")
     if kind == "qwen3" and config.get("attention_bias"):
         raise DBFError(f"{what}: qwen3 with attention_bias is not supported, llama.cpp has no such biases")
-    scaling = _rope(config)["rope_type"]
+    rope = _rope(config)
+    scaling = rope["rope_type"]
     if scaling not in SUPPORTED[kind]:
         known = ", ".join(SUPPORTED[kind])
         raise DBFError(f"{what}: rotary scaling {scaling} is not supported in {kind} (supported: {known})")
+    if scaling == "yarn":
+        for key, value in rope.items():
+            if key not in YARN_KEYS and value not in (None, YARN.get(key)):
+                raise DBFError(f"{what}: yarn with {key} {value} is not supported, only transformers' default")
 
 
 def _rope(config: dict) -> dict:

@@ -343,6 +343,8 @@ DYNAMIC = {"rope_type": "dynamic", "factor": 2.0}
         ("Llama", {"hidden_act": "gelu"}, ": activation gelu is not supported in llama"),
         ("Qwen3", {"attention_bias": True}, ": qwen3 with attention_bias is not supported"),
         ("Llama", {"rope_parameters": DYNAMIC}, ": rotary scaling dynamic is not supported in llama (supported: "),
+        ("Qwen2", {"rope_parameters": YARN | {"beta_slow": 2.0}}, ": yarn with beta_slow 2.0 is not supported"),
+        ("Qwen3", {"rope_parameters": YARN | {"attention_factor": 1.3}}, ": yarn with attention_factor 1.3 is not"),
         ("Qwen2", {"rope_parameters": LLAMA3}, ": rotary scaling llama3 is not supported in qwen2"),
         ("Mistral", {"rope_parameters": None, "rope_scaling": {"type": "longrope"}}, ": rotary scaling longrope"),
     ],
