@@ -33,6 +33,7 @@ from .checkpoint import WorkFolder
 from .errors import DBFError
 from .factors import BLOCK
 from .gguf_file import DBF_TYPE, FORMAT_VERSION, SCALES, GGUFFile
+from .source import context_length
 
 CHUNK_BYTES = 32 << 20  # of float32 rows, when an embedding is quantized piece by piece
 ALIGNMENT = gguf.GGUF_DEFAULT_ALIGNMENT
@@ -220,6 +221,15 @@ def exporter_class(model_class: type, linears: Linears, job: dict) -> type:
                     f"{job['model_dir']}: llama.cpp's converter does not know this tokenizer's pre-tokenizer"
                 ) from None
 
+        def set_gguf_parameters(self):
+            super().set_gguf_parameters()
+            # no further than llama.cpp and PyTorch agree, see there
+            key = gguf.Keys.LLM.CONTEXT_LENGTH.format(arch=self.gguf_writer.arch)
+            context, written = context_length(Path(job["model_dir"])), self.gguf_writer.kv_data[0].get(key)
+            if written is not None and context < written.value:
+                self.gguf_writer.remove_key(key)
+                self.gguf_writer.add_context_length(context)
+
         def prepare_metadata(self, vocab_only):
             # The size label counts the weights that the factors stand for, not the factors.
             dense = sum(
@@ -294,7 +304,8 @@ def add_dbf_keys(writer: gguf.GGUFWriter, linears: Linears, job: dict) -> None:
 def export(job: dict) -> dict:
     """Does one job of `gguf_writer`; returns the sizes of what it wrote. Raises DBFError.
 
-    With `only_check` nothing is written: is there a converter for this architecture, and does it know the tokenizer?
+    With `only_check` nothing is written: is there a converter for this architecture, does it know the tokenizer, and
+    does it find what it needs in the config?
     """
     model_dir, part = Path(job["model_dir"]), Path(job["part"])
     linears = Linears(WorkFolder.open(Path(job["work"])) if job["work"] else None)
@@ -313,6 +324,7 @@ def export(job: dict) -> dict:
         )
         if job.get("only_check"):
             model.set_vocab()
+            model.set_gguf_parameters()
             return {}
         model.prepare_tensors()
         for what, names in (("linear", linears.pending), ("norm", linears.norms)):

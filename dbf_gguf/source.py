@@ -6,7 +6,8 @@
     hub id owner/name              downloaded by huggingface_hub into its own cache
 
 What cannot be compressed is refused here, before anything large is fetched or computed: other architectures, mixtures
-of experts, weights that are already quantized, and pickles (opening one can run code).
+of experts, weights that are already quantized, adapters, pickles (opening one can run code), and variants of the
+supported architectures that llama.cpp would silently compute in another way.
 
 A GGUF file says how text is split before byte-pair merging only by name (`tokenizer.ggml.pre`). The tokenizer rebuilt
 from it gets llama.cpp's own pattern for that name, so that PyTorch and llama.cpp see the same tokens.
@@ -31,7 +32,18 @@ from .gguf_file import DBF_TYPE, GGUFFile
 from .paths import cache_dir
 from .recipes import Recipe
 
-SUPPORTED = ("llama", "mistral", "qwen2", "qwen3")  # model_type of a config, general.architecture of a GGUF
+# model_type of a config.json -> kinds of rotary scaling that llama.cpp's converter hands on for it
+SUPPORTED = {
+    "llama": ("default", "linear", "llama3", "yarn"),
+    "mistral": ("default", "linear", "llama3", "yarn"),
+    "qwen2": ("default", "linear", "yarn"),
+    "qwen3": ("default", "linear", "yarn"),
+    "phi3": ("default", "longrope"),
+}
+# what else a YaRN config may say: llama.cpp and transformers take other values differently
+YARN = {"beta_fast": 32, "beta_slow": 1, "partial_rotary_factor": 1, "truncate": True}
+YARN_KEYS = ("rope_type", "type", "rope_theta", "factor", "original_max_position_embeddings")
+GGUF_SUPPORTED = ("llama", "mistral", "qwen2", "qwen3")  # general.architecture
 DENSE_VERSION = 1  # of the conversion below: a new one makes cached folders stale
 HUB_FILES = ["*.safetensors", "*.json", "*.model", "*.jinja", "merges.txt"]
 HUB_IGNORED = ["*/*", "consolidated*"]  # other formats of the same weights
@@ -106,23 +118,80 @@ def check_config(config: dict, what: str) -> None:
         raise DBFError(f"{what} is a mixture of experts ({kind}), which is not supported: choose a dense model")
     if kind not in SUPPORTED:
         raise DBFError(f"{what}: architecture {kind} is not supported (supported: {', '.join(SUPPORTED)})")
-    if quantization := config.get("quantization_config"):
+    if quantization := config.get("quantization_config") or config.get("quantization"):  # the second is MLX's
         method = quantization.get("quant_method", "unknown method") if isinstance(quantization, dict) else "?"
         raise DBFError(f"{what} is already quantized ({method}): start from the original weights")
+    _check_variant(config, kind, what)
+
+
+def _check_variant(config: dict, kind: str, what: str) -> None:
+    """Refuses what llama.cpp's converter or its graph of this architecture leaves out without a word."""
+    name = (config.get("architectures") or ["no class"])[0]
+    if name.lower() != f"{kind}forcausallm":  # the first Llama conversions wrote LLaMAForCausalLM
+        raise DBFError(f"{what}: {name} of {kind} is not supported, only its language model (ForCausalLM)")
+    if (activation := config.get("hidden_act", "silu")) not in ("silu", "swish"):
+        raise DBFError(f"{what}: activation {activation} is not supported in {kind}, llama.cpp computes silu")
+    if kind == "qwen3" and config.get("attention_bias"):
+        raise DBFError(f"{what}: qwen3 with attention_bias is not supported, llama.cpp has no such biases")
+    rope = _rope(config)
+    scaling = rope["rope_type"]
+    if scaling not in SUPPORTED[kind]:
+        known = ", ".join(SUPPORTED[kind])
+        raise DBFError(f"{what}: rotary scaling {scaling} is not supported in {kind} (supported: {known})")
+    if scaling == "yarn":
+        for key, value in rope.items():
+            if key not in YARN_KEYS and value not in (None, YARN.get(key)):
+                raise DBFError(f"{what}: yarn with {key} {value} is not supported, only transformers' default")
+
+
+def _rope(config: dict) -> dict:
+    """Parameters of the rotary embedding, with a `rope_type`, from a config.json of whatever age."""
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    return {"rope_type": rope.get("type", "default")} | rope
 
 
 def context_length(folder: Path) -> int:
-    """Tokens the model was made for, by its config.json."""
+    """Tokens the model was made for, by its config.json, as far as llama.cpp computes what PyTorch does.
+
+    In these architectures llama.cpp attends to every earlier position; within one sliding window that is the same. It
+    chooses between the two sets of longrope's frequencies by its context, transformers by the text at hand: up to the
+    original context both take the short one.
+    """
     config = _read_json(folder / "config.json", folder.name) or {}
-    return (config | (config.get("text_config") or {})).get("max_position_embeddings", 2048)
+    config |= config.get("text_config") or {}
+    length, rope = config.get("max_position_embeddings", 2048), _rope(config)
+    if rope["rope_type"] == "longrope":
+        original = rope.get("original_max_position_embeddings", config.get("original_max_position_embeddings"))
+        length = min(length, original or 4096)  # transformers' own default
+    return min(length, _sliding_window(config) or length)
+
+
+def _sliding_window(config: dict) -> int | None:
+    """Positions that a layer with a sliding window sees, itself included; None where no layer has one."""
+    kind = config.get("model_type")
+    default = 4096 if kind in ("mistral", "qwen2", "qwen3") else None  # of transformers, where the config is silent
+    if kind == "llama" or "sliding_attention" not in (config.get("layer_types") or ["sliding_attention"]):
+        return None
+    if kind in ("qwen2", "qwen3"):
+        all_full = config.get("max_window_layers", 28) >= config.get("num_hidden_layers", 32)
+        if not config.get("use_sliding_window") or ("layer_types" not in config and all_full):
+            return None
+    return config.get("sliding_window", default)
 
 
 def check_folder(folder: Path, what: str) -> None:
     """Raises DBFError when `folder` is no complete, supported Hugging Face model folder."""
     config = _read_json(folder / "config.json", what)
+    adapter = _read_json(folder / "adapter_config.json", what)
+    if adapter is not None:  # also beside a config: transformers would load the adapter's base model instead
+        base = adapter.get("base_model_name_or_path") or "its base model"
+        raise DBFError(f"{what} is an adapter (adapter_config.json), no whole model: merge it into {base} first")
     if config is None:
         raise DBFError(f"{what} is no model folder: it has no config.json")
     check_config(config, what)
+    for name in ("quantize_config.json", "quant_config.json"):  # of GPTQ and AWQ tools, before transformers had a key
+        if (folder / name).exists():
+            raise DBFError(f"{what} is already quantized ({name}): start from the original weights")
     if not any(folder.glob("*.safetensors")):
         pickles = sorted(path.name for pattern in PICKLES for path in folder.glob(pattern))
         if pickles:
@@ -137,6 +206,8 @@ def check_folder(folder: Path, what: str) -> None:
         missing = [name for name in wanted if not (folder / name).exists()]
         if missing:
             raise DBFError(f"{what} is incomplete: {missing[0]} is missing ({len(missing)} of {len(wanted)} shards)")
+    elif not (folder / "model.safetensors").exists():
+        raise DBFError(f"{what} is incomplete: it has neither model.safetensors nor model.safetensors.index.json")
     check_model_dir(folder)
 
 
@@ -179,9 +250,11 @@ def _read_json(path: Path, what: str) -> dict | None:
 
 def _hub_folder(name: str) -> Path:
     """The model's folder in huggingface_hub's cache. The config is judged before the weights are fetched."""
-    config = _snapshot(name, ["config.json"]) / "config.json"
+    config = _snapshot(name, ["config.json", "adapter_config.json"]) / "config.json"
     if not config.exists():
-        raise DBFError(f"hub model {name} has no config.json: it is no transformers model")
+        adapter = config.with_name("adapter_config.json").exists()
+        kind = "an adapter, to be merged into its base model first" if adapter else "no transformers model"
+        raise DBFError(f"hub model {name} has no config.json: it is {kind}")
     check_config(_read_json(config, name), name)
     folder = _snapshot(name, HUB_FILES)
     if not any(folder.glob("*.safetensors")):
@@ -253,8 +326,10 @@ def check_gguf(file: GGUFFile, what: str) -> None:
     kind = file.get("general.architecture")
     if count(f"{kind}.expert_count") > 1 or str(kind).endswith("moe"):
         raise DBFError(f"{what} is a mixture of experts ({kind}), which is not supported: choose a dense model")
-    if kind not in SUPPORTED:
-        raise DBFError(f"{what}: architecture {kind} is not supported (supported: {', '.join(SUPPORTED)})")
+    if kind not in GGUF_SUPPORTED:
+        supported = f"supported: {', '.join(GGUF_SUPPORTED)})"
+        instead = ": give the model's folder or hub id" if kind in SUPPORTED else ""
+        raise DBFError(f"{what}: architecture {kind} is not supported ({supported}{instead}")
     scaling = file.get(f"{kind}.rope.scaling.type", "none")
     if scaling != "none":
         raise DBFError(f"{what} scales its rotary frequencies ({scaling}), which is read from a folder or hub id only")

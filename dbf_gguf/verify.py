@@ -25,7 +25,7 @@ from .errors import DBFError
 from .factors import BLOCK
 from .gguf_file import BOOL, DBF_TYPE, F32, FORMAT_VERSION, PARTS, SCALES, SIGNS, STRING, TYPE_IDS, U32, GGUFFile
 
-# Architectures whose converter interleaves the two rotary halves of each head of Q and K
+# Architectures whose converter interleaves the two rotary halves of each head of Q and K; a Mistral's file is a llama's
 ROTARY_INTERLEAVED = ("llama", "granite")
 VALUE_TYPES = {U32: "u32", F32: "f32", STRING: "string", BOOL: "bool"}
 

@@ -259,7 +259,7 @@ def test_local_folder(tmp_path, monkeypatch):
         ({"index": {"w": "m-1.safetensors", "v": "model.safetensors"}}, "{} is incomplete: m-1.safetensors is missing"),
         (
             {"config": CONFIG | {"model_type": "gemma2"}},
-            "{}: architecture gemma2 is not supported (supported: llama, mistral, qwen2, qwen3)",
+            "{}: architecture gemma2 is not supported (supported: llama, mistral, qwen2, qwen3, phi3)",
         ),
         ({"config": {"model_type": "llava", "text_config": CONFIG}}, "{}: architecture llava is not supported"),
         ({"config": {}}, "{}: architecture None is not supported"),
