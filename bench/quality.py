@@ -464,6 +464,7 @@ def plot(rows: list[dict], texts: list[str], title: str, path: Path) -> None:
                 axis.set_major_formatter("{x:g}")
                 axis.set_minor_formatter("{x:g}")
             panel.tick_params(which="minor", labelsize=7)
+            panel.margins(0.08)
             panel.grid(which="both", linewidth=0.3)
             panel.legend(loc="upper right")
             if labels:
