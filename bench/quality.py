@@ -54,7 +54,7 @@ TEXTS = ("wiki", "speeches")
 BITS = (2.0, 1.5, 1.0)
 NOT_COMPARED = ("F16", "BF16", "F32", "COPY", "MXFP4_MOE")
 MIB = 2**20
-BROKEN = 20  # times the F16 model's perplexity: of no use, and off the picture's scale
+BROKEN = {"ppl": 6, "kld": 3}  # perplexity against F16's, nats: of no use, and off the picture's scale
 F16, DBF, LLAMA_CPP = "F16", "DBF", "llama.cpp"  # kinds of candidates
 
 FIGURES = {  # name -> its line in the output of llama-perplexity --kl-divergence
@@ -424,33 +424,34 @@ def _shortfall(row: dict, other: dict, text: str) -> str:
 def plot(rows: list[dict], texts: list[str], title: str, path: Path) -> None:
     """Perplexity and mean KLD against file size, a column of panels for each text; F16's perplexity is a line.
 
-    Perplexities above BROKEN times that stand at the panel's upper edge with their value, as the rest would be squeezed
-    otherwise.
+    What is BROKEN stands at the panel's upper edge with its value, since it would squeeze the rest together.
     """
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     from adjustText import adjust_text
+    from matplotlib.ticker import LogLocator, NullLocator
 
     figure, panels = plt.subplots(2, len(texts), figsize=(9 * len(texts), 14), squeeze=False, layout="constrained")
     figure.suptitle(title)
-    broken = {text: BROKEN * row["figures"][text]["ppl"] for row in rows if row["kind"] == F16 for text in texts}
+    f16 = next(row["figures"] for row in rows if row["kind"] == F16)
     colours = {DBF: "tab:red", LLAMA_CPP: "tab:blue"}
     for column, text in enumerate(texts):
         for panel, (key, label) in zip(
             panels[:, column], {"ppl": "perplexity", "kld": "mean KLD to F16"}.items(), strict=True
         ):
             panel.set(xscale="log", yscale="log", xlabel="file, MiB", ylabel=label, title=text)
+            limit = BROKEN[key] * (f16[text]["ppl"] if key == "ppl" else 1)
             same: dict[tuple, list[str]] = {}  # types that fall back to the same tensors are one point
             for row in _measured(rows):
                 y, name = row["figures"][text][key], row["name"]
-                if key == "ppl" and (y is None or y > broken[text]):
-                    y, name = broken[text], f"{name} ({'not finite' if y is None else f'{y:.2g}'})"
+                if y is None or y > limit:
+                    y, name = limit, f"{name} ({'not finite' if y is None else f'{y:.2g}'})"
                 if row["kind"] == F16 and key == "ppl":
                     panel.axhline(y, color="grey", linestyle="--", linewidth=1)
                     panel.annotate("F16", (0.995, y), xycoords=("axes fraction", "data"), ha="right", va="bottom")
-                elif row["kind"] != F16 and y:
+                elif row["kind"] != F16 and y > 0:
                     same.setdefault((row["kind"], row["bytes"] / MIB, y), []).append(name)
             for kind, colour in colours.items():
                 points = [point for point in same if point[0] == kind]
@@ -460,16 +461,18 @@ def plot(rows: list[dict], texts: list[str], title: str, path: Path) -> None:
                 panel.text(x, y, " = ".join(names), color=colours[kind], fontsize=8)
                 for (kind, x, y), names in same.items()
             ]
-            for axis in (panel.xaxis, panel.yaxis):
+            for axis, marks in ((panel.xaxis, range(1, 10)), (panel.yaxis, (1, 2, 3, 5))):
+                axis.set_major_locator(LogLocator(subs=tuple(marks)))
                 axis.set_major_formatter("{x:g}")
-                axis.set_minor_formatter("{x:g}")
-            panel.tick_params(which="minor", labelsize=7)
-            panel.margins(0.08)
+                axis.set_minor_locator(NullLocator())
+            panel.margins(0.1)
             panel.grid(which="both", linewidth=0.3)
             panel.legend(loc="upper right")
             if labels:
                 x, y = [point[1] for point in same], [point[2] for point in same]
-                adjust_text(labels, x=x, y=y, ax=panel, arrowprops={"arrowstyle": "-", "color": "grey", "lw": 0.5})
+                lines = {"arrowstyle": "-", "color": "grey", "linewidth": 0.5}
+                room = {"expand": (1.25, 1.7), "force_text": (0.6, 0.9), "force_static": (0.3, 0.6), "iter_lim": 3000}
+                adjust_text(labels, x=x, y=y, ax=panel, arrowprops=lines, min_arrow_len=2, **room)
     figure.savefig(path, dpi=100)
     plt.close(figure)
 
