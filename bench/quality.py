@@ -11,9 +11,9 @@ that tensor, so the bits are counted from the tensors of the file: over the line
 blocks.
 
 Each is measured with llama-perplexity on two texts that no model was calibrated on: `wiki`, of the kind of the default
-calibration text, and `speeches`, of another kind. Perplexity and its error; the Kullback-Leibler divergence KLD of the
-F16 model's next token distribution from the model's, its mean and its 99th percentile; how often both hold the same
-token for the likeliest. Windows of 512 tokens, of which the second halves count.
+calibration text, and `speeches`, of another kind. Perplexity and its error; the Kullback-Leibler divergence (KLD) of
+the next-token distributions from the F16 model's, the mean and the 99th percentile; how often both hold the same token
+for the likeliest. Windows of 512 tokens, of which the second halves count.
 
 Prints every command, then a table for each text, and for each DBF file whether it has lower perplexity and lower KLD
 than every type whose file is no larger. Ends with status 1 when one has not, or when a step fails.
@@ -183,10 +183,13 @@ class Bench:
         self.chunks, self.imatrix_chunks = arguments.chunks, arguments.imatrix_chunks
         self.threads = ["-t", arguments.threads] if arguments.threads else []
         self.dbf, self.bits, self.types = arguments.dbf, arguments.bits, arguments.types
-        self.texts = {spec if spec in TEXTS else Path(spec).stem: spec for spec in arguments.text}
-        names = [*self.texts, *(path.stem for path in self.dbf), *self.types]
-        if len(names) < len(arguments.text) + len(self.dbf) + len(self.types) or len(set(names)) < len(names):
-            raise DBFError("two of the files have the same name: rename one, since they are listed by it")
+        texts = [spec if spec in TEXTS else Path(spec).stem for spec in arguments.text]
+        models = ["F16", *(f"dbf-{bits}" for bits in self.bits), *(path.stem for path in self.dbf), *self.types]
+        for names in (texts, models):
+            for name, count in Counter(names).items():
+                if count > 1:
+                    raise DBFError(f"{count} of the files to compare have the same name, {name}: give it to one only")
+        self.texts = dict(zip(texts, arguments.text, strict=True))
         for path in self.dbf:
             if not describe(path)["types"].get("DBF"):
                 raise DBFError(f"{path} has no DBF linears")
@@ -524,6 +527,9 @@ def main(argv: list[str]) -> int:
     except (DBFError, StepFailed) as error:
         print(f"bench/quality.py: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("interrupted: the same command goes on from here", file=sys.stderr)
+        return 130
     rows, texts = bench.rows(candidates), list(bench.texts)
     lines, good = verdict(rows, texts)
     bench.store.data |= {"n_ctx": N_CTX, "chunks": bench.chunks, "calib": bench.calib, "rows": rows, "verdict": lines}

@@ -400,12 +400,18 @@ def test_options(llama_bin):
         quality.parse_arguments(["m", "--", "--calib", "wiki"])
 
 
-def test_two_files_of_one_name_are_refused(bench, tmp_path):
-    (tmp_path / "other").mkdir()
-    twin = write(tmp_path / "other" / "small.gguf", dbf=True)
-    arguments = argparse.Namespace(
-        model="m", out=tmp_path / "out", calib=None, chunks=1, imatrix_chunks=1, threads=None,
-        dbf=[bench.dbf, twin], bits=[], types=[], text=["wiki"],
-    )  # fmt: skip
-    with pytest.raises(DBFError, match="the same name"):
-        quality.Bench(arguments, [])
+@pytest.mark.parametrize(
+    "given, name",
+    [
+        ({"dbf": ["small.gguf", "other/small.gguf"]}, "small"),
+        ({"dbf": ["dbf-2.0.gguf"], "bits": [2.0]}, "dbf-2.0"),
+        ({"types": ["Q2_K", "Q2_K"]}, "Q2_K"),
+        ({"text": ["a/x.txt", "b/x.txt"]}, "x"),
+    ],
+)
+def test_two_files_of_one_name_are_refused(bench, tmp_path, given, name):
+    plain = {"model": "m", "out": tmp_path / "out", "calib": None, "chunks": 1, "imatrix_chunks": 1, "threads": None}
+    lists = {"dbf": [], "bits": [], "types": [], "text": ["wiki"]} | given
+    lists["dbf"] = [tmp_path / path for path in lists["dbf"]]
+    with pytest.raises(DBFError, match=f"have the same name, {name}: "):
+        quality.Bench(argparse.Namespace(**plain, **lists), [])
