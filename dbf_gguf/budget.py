@@ -4,8 +4,18 @@ One factorized linear costs k·(n_out + n_in) sign bits and 16·(n_out + k + n_i
 coarse for small layers (0.22 bit on a 192×576 one), so the uniform budget rounds k up here and down there: the rounding
 error of each linear is carried to the next, as in error diffusion, and the whole model hits the request.
 k is never clamped at min(n_out, n_in): above it more bits still buy less error.
+
+The adaptive budget spends the same bits where they lower the loss most. Of every linear it knows a curve, its effect on
+the loss at two widths (`sensitivity`), taken as log-linear in k between and beyond them,
+
+    effect(k) = exp(α − β·k)
+
+and, from a floor on, it gives one step of 32 channels after the other to the linear whose effect falls most per bit.
+The curves are convex, so up to one step no other choice of widths has a smaller Σ effect for the same bits.
 """
 
+import heapq
+import math
 from collections.abc import Mapping
 
 from .errors import DBFError
@@ -13,6 +23,9 @@ from .factors import BLOCK
 
 MIN_BITS, MAX_BITS = 0.3, 6.0
 SCALE_BITS = 16
+FLOOR = 0.6  # of the requested bits, for every linear
+
+Curve = tuple[tuple[int, float], tuple[int, float]]
 
 
 def linear_bits(n_out: int, n_in: int, k: int) -> int:
@@ -44,7 +57,52 @@ def uniform_budget(shapes: Mapping[str, tuple[int, int]], bits: float) -> dict[s
     return result
 
 
+def adaptive_budget(shapes: Mapping[str, tuple[int, int]], bits: float, curves: Mapping[str, Curve]) -> dict[str, int]:
+    """k for every linear so that the sum of their effects is least at `bits` per original weight.
+
+    curves  name -> ((k, effect), (k, effect)), two widths and the effect at them
+
+    All together cost at most what `uniform_budget` costs, and less than one step of the cheapest linear below that.
+    Every k is a multiple of 32, at least 32, and at least what FLOOR of the bits comes to. Raises as `uniform_budget`.
+    """
+    even = uniform_budget(shapes, bits)
+    left = sum(linear_bits(*shapes[name], k) for name, k in even.items())
+    result, steps = {}, []
+    for name, (n_out, n_in) in shapes.items():
+        fixed, per_channel = linear_bits(n_out, n_in, 0), n_out + n_in + SCALE_BITS
+        k = BLOCK * math.floor((FLOOR * bits * n_out * n_in - fixed) / per_channel / BLOCK)
+        result[name] = min(even[name], max(BLOCK, k))
+        left -= linear_bits(n_out, n_in, result[name])
+        steps.append((-_gain(curves[name], result[name]) / per_channel, name))
+    heapq.heapify(steps)
+    while steps:
+        _, name = heapq.heappop(steps)
+        per_channel = sum(shapes[name]) + SCALE_BITS
+        if BLOCK * per_channel <= left:  # else nothing is left for this linear, perhaps for a smaller one
+            left -= BLOCK * per_channel
+            result[name] += BLOCK
+            heapq.heappush(steps, (-_gain(curves[name], result[name]) / per_channel, name))
+    return result
+
+
+def _gain(curve: Curve, k: int) -> float:
+    """By how much the effect falls with the next step of 32 channels."""
+    (k_0, effect_0), (k_1, effect_1) = curve
+    slope = math.log(effect_0 / effect_1) / (k_1 - k_0)  # β
+    return effect_0 * math.exp(-slope * (k - k_0)) * -math.expm1(-slope * BLOCK)
+
+
 def bits_per_weight(shapes: Mapping[str, tuple[int, int]], ks: Mapping[str, int]) -> float:
     """Achieved bits per original weight over the given linears, scales included."""
     stored = sum(linear_bits(*shapes[name], k) for name, k in ks.items())
     return stored / sum(shapes[name][0] * shapes[name][1] for name in ks)
+
+
+def bits_for_size(shapes: Mapping[str, tuple[int, int]], size: int, smallest: int, least: Mapping[str, int]) -> float:
+    """Bits a weight with which a file has `size` bytes, which has `smallest` bytes with the widths `least`.
+
+    Rounded down to 1e-4 bit, so that it is a number that can be told and typed.
+    """
+    stored = sum(linear_bits(*shapes[name], k) for name, k in least.items())
+    weights = sum(n_out * n_in for n_out, n_in in shapes.values())
+    return math.floor(1e4 * (stored + 8 * (size - smallest)) / weights) / 1e4

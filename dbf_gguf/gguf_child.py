@@ -18,6 +18,7 @@ import ctypes
 import json
 import os
 import sys
+import tempfile
 import threading
 import traceback
 from collections.abc import Callable
@@ -158,6 +159,22 @@ class Linears:
         }
 
 
+class PlannedLinears(Linears):
+    """Linears of which only the shapes are known, for the size of a file that cannot be written yet.
+
+    shapes  linear -> (n_out, k, n_in)
+    """
+
+    def __init__(self, shapes: dict[str, tuple[int, int, int]]):
+        super().__init__(None)
+        self.shapes = shapes
+        self.pending = dict.fromkeys(shapes)
+
+    def scales(self, name: str) -> dict[str, np.ndarray]:
+        sizes = zip(("scale_a", "scale_m", "scale_b"), self.shapes[name], strict=True)
+        return {key: np.zeros(n, np.float16) for key, n in sizes}
+
+
 def exporter_class(model_class: type, linears: Linears, job: dict) -> type:
     """The converter's class for this architecture, with the compressed linears and the options of `job` put in."""
     wanted = {"token_embd.weight": job["embedding_type"], "output.weight": job["output_type"]}
@@ -242,7 +259,7 @@ def exporter_class(model_class: type, linears: Linears, job: dict) -> type:
             super().prepare_metadata(vocab_only=vocab_only)
             if job["tokenizer_gguf"]:
                 copy_general(self.gguf_writer, Path(job["tokenizer_gguf"]), job["name"])
-            if linears.work is not None:
+            if linears.count:
                 add_dbf_keys(self.gguf_writer, linears, job)
 
     return Exporter
@@ -306,9 +323,14 @@ def export(job: dict) -> dict:
 
     With `only_check` nothing is written: is there a converter for this architecture, does it know the tokenizer, and
     does it find what it needs in the config?
+    With `planned`, shapes of linears, nothing is written either: `bytes` is the size that the file would have.
     """
     model_dir, part = Path(job["model_dir"]), Path(job["part"])
-    linears = Linears(WorkFolder.open(Path(job["work"])) if job["work"] else None)
+    planned = job.get("planned")
+    if planned:
+        linears = PlannedLinears({name: tuple(shape) for name, shape in planned.items()})
+    else:
+        linears = Linears(WorkFolder.open(Path(job["work"])) if job["work"] else None)
     if linears.work is not None and not linears.pending:
         raise DBFError(f"{linears.work.path} holds no finished linear")
 
@@ -334,6 +356,8 @@ def export(job: dict) -> dict:
 
         writer = model.gguf_writer
         n_bytes = sum(writer.ggml_pad(info.nbytes, ALIGNMENT) for info in writer.tensors[0].values())
+        if planned:
+            return {"bytes": header_bytes(writer) + n_bytes}
         if n_bytes > job["free"]:
             raise DBFError(
                 f"{job['out']} needs {n_bytes / 2**20:,.0f} MiB, the disk has only {job['free'] / 2**20:,.0f} MiB free"
@@ -350,6 +374,17 @@ def export(job: dict) -> dict:
             text = error.strerror or f"is the disk full? ({error})"
             raise DBFError(f"cannot write {job['out']}: {text}") from None
     return {"bytes": part.stat().st_size, "linears": linears.count}
+
+
+def header_bytes(writer: gguf.GGUFWriter) -> int:
+    """Size of everything before the tensors' data: header, metadata with tokenizer, tensor list, padding."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "header"
+        writer.write_header_to_file(path=path)
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        writer.close()
+        return writer.ggml_pad(path.stat().st_size, ALIGNMENT)
 
 
 def _end_with_parent(stdin, part: Path) -> None:

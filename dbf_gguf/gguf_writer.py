@@ -148,6 +148,30 @@ def write_gguf(
         part.unlink(missing_ok=True)
 
 
+def planned_size(
+    model_dir: Path,
+    linears: dict[str, tuple[int, int, int]],
+    *,
+    embedding_type: str,
+    output_type: str,
+    llama_cpp: Path,
+    tokenizer_gguf: Path | None = None,
+    name: str | None = None,
+    source: str = "",
+    settings: dict | None = None,
+) -> int:
+    """Bytes of the file that `write_gguf` would write with linears of these (n_out, k, n_in).
+
+    The other arguments are those of `write_gguf`. llama.cpp's converter counts, so metadata, tokenizer and padding are
+    in it; some seconds. Raises DBFError as `write_gguf` does.
+    """
+    job = {"planned": linears, "part": "", "work": None, "name": name, "source": source}
+    job |= {"model_dir": str(model_dir.absolute()), "embedding_type": embedding_type, "output_type": output_type}
+    job |= {"tokenizer_gguf": str(tokenizer_gguf.absolute()) if tokenizer_gguf else None, "library": None}
+    job |= {"settings": json.dumps(settings or {}, sort_keys=True)}
+    return _run_child(job, llama_cpp.absolute())["bytes"]
+
+
 def _run_child(job: dict, llama_cpp: Path) -> dict:
     """Runs `gguf_child` on one job; its log is shown only when it fails in a way it has no sentence for."""
     package_root = Path(__file__).resolve().parent.parent

@@ -1,6 +1,6 @@
 """`dbf-gguf convert`: the stages in their order, each of them skipped where the work folder has its result.
 
-    check -> importance -> factorization -> tuning -> GGUF -> evaluation
+    check -> importance -> budget -> factorization -> tuning -> GGUF -> evaluation
 
 The file is written and evaluated anew every time. All that can be refused is refused before anything large is computed.
 The settings are recorded in the work folder, and a folder is never continued under other ones.
@@ -16,7 +16,7 @@ import sys
 import time
 from concurrent.futures import as_completed
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -24,16 +24,16 @@ import gguf
 import torch
 from safetensors import safe_open
 
-from . import calibration, distill, importance
+from . import calibration, distill, importance, sensitivity
 from .blocks import BlockModel
-from .budget import bits_per_weight, linear_bits, uniform_budget
+from .budget import MAX_BITS, MIN_BITS, adaptive_budget, bits_for_size, bits_per_weight, linear_bits, uniform_budget
 from .checkpoint import WorkFolder, read_tensors
 from .errors import DBFError
 from .evaluate import dense_and_compressed
 from .factorize import factorize, product_dtype
 from .fetch import sha256_of
 from .gguf_file import PARTS, GGUFFile
-from .gguf_writer import check_convertible, check_types, write_gguf
+from .gguf_writer import check_convertible, check_types, planned_size, write_gguf
 from .llama_cpp import source_tree
 from .machine import available_memory
 from .model import apply_work, is_out_of_memory, linear_shapes, load_dense, training_dtype, weight_files
@@ -44,6 +44,7 @@ from .threads import side_by_side
 EVALUATION_LENGTH = 512  # tokens in an evaluation window
 CHARACTERS_PER_TOKEN = 6  # an upper bound on English text, for how much of a hub dataset is streamed
 WINDOWS = "windows.safetensors"
+BUDGET = "budget.json"
 MINUTES_POOL = 2_000_000  # tokens to tune on, when the bound is minutes
 FINGERPRINT_SAMPLES, FINGERPRINT_BYTES = 64, 1 << 16
 SIDE_BY_SIDE_BYTES = 3 << 30  # for all linears that are factorized at a time on a CPU
@@ -54,7 +55,9 @@ GROUPED = ("cuda", "mps")  # devices on which equal-shaped linears of a block ar
 class Settings:
     """Everything that decides the result, resolved: options over recipe over defaults."""
 
-    bits: float
+    bits: float | None  # None: what `size` comes to
+    size: int | None  # wanted bytes of the GGUF file
+    budget: str  # "uniform", "adaptive", or a file with what was measured for an adaptive one
     calib: str
     calib_sequences: int
     seq_len: int
@@ -86,6 +89,7 @@ def convert(source: ModelSource, model: str, output: Path, work_dir: Path, setti
             job.work = work
             job.claim(model)
             job.measure_importance()
+            job.allocate()
             job.factorize()
             job.tune()
             job.export(output)
@@ -147,7 +151,6 @@ class Job:
         tied = bool(config.get("tie_word_embeddings"))
         check_types(s.embedding_type, s.output_type, config.get("hidden_size", 0), tied)
         self.shapes = linear_shapes(folder)
-        self.budget = uniform_budget(self.shapes, s.bits)
         self.files = weight_files(folder)
         missing = [name for name in self.shapes if f"{name}.weight" not in self.files]
         if missing:
@@ -155,8 +158,16 @@ class Job:
         context = context_length(folder)
         if s.seq_len > context:
             raise DBFError(f"--seq-len {s.seq_len} is more than the model's context of {context} tokens")
-        self._check_disk(output, work_dir)
+        self.weights = _fingerprint(self.files)
+        self.recorded_budget, path = s.budget, Path(s.budget).expanduser()
+        if s.budget not in ("uniform", "adaptive"):
+            self.curves = self._read_curves(path)
+            self.recorded_budget = f"{path.name} {sha256_of(path)[:12]}"
         self.tree = source_tree()
+        if s.size is not None:
+            self.settings = replace(s, bits=self._bits_for_size())
+        self.budget = uniform_budget(self.shapes, self.settings.bits)
+        self._check_disk(output, work_dir)
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         except Exception as error:  # transformers, tokenizers and sentencepiece each have their own
@@ -165,6 +176,33 @@ class Job:
         self._read_texts(work_dir)
         if self.source.gguf is None and not (work_dir / WINDOWS).exists():
             check_convertible(folder, self.tree)
+
+    def _bits_for_size(self) -> float:
+        """Bits a weight with which the file has `settings.size` bytes. Raises DBFError where none do."""
+        s = self.settings
+        least = uniform_budget(self.shapes, MIN_BITS)
+        smallest = planned_size(
+            self.source.folder,
+            {name: (n_out, least[name], n_in) for name, (n_out, n_in) in self.shapes.items()},
+            embedding_type=s.embedding_type,
+            output_type=s.output_type,
+            llama_cpp=self.tree,
+            tokenizer_gguf=self.source.gguf,
+            name=self.source.name,
+            source=self.source.origin,
+            settings=asdict(s),
+        )
+        wanted = f"--size: {self.source.name} with {s.embedding_type} embeddings"
+        if s.size < smallest:
+            raise DBFError(
+                f"{wanted} has at least {smallest:,} bytes ({smallest / 2**20:.2f} MiB): give that much, "
+                "or an --embedding-type of fewer bits (q4_0)"
+            )
+        bits = bits_for_size(self.shapes, s.size, smallest, least)
+        if bits > MAX_BITS:
+            raise DBFError(f"{wanted} has fewer than {s.size:,} bytes even at {MAX_BITS:g} bits a weight: give less")
+        self.screen.line(f"bits             {bits:.4f}, for a file of {s.size:,} bytes")
+        return bits
 
     def _check_disk(self, output: Path, work_dir: Path) -> None:
         """Raises DBFError where the results would not fit, or the places cannot be written."""
@@ -233,7 +271,9 @@ class Job:
         if s.tune == "scales":
             self.claimed |= {"tune_tokens": s.tune_tokens, "tune_minutes": s.tune_minutes}
             self.claimed |= {"tune_seq_len": s.tune_seq_len, "tune_lr": s.tune_lr}
-        work.claim("convert", self.claimed | {"model": self.source.origin, "weights": _fingerprint(self.files)})
+        if s.budget != "uniform":
+            self.claimed |= {"budget": self.recorded_budget}
+        work.claim("convert", self.claimed | {"model": self.source.origin, "weights": self.weights})
         path = Path(model).expanduser()
         local = self.source.recipe is None and path.exists()
         work.manifest["model"] = str(path.absolute()) if local else model
@@ -262,6 +302,61 @@ class Job:
         seconds = time.monotonic() - begin
         self.screen.line(f"importance: {len(windows)} windows of {windows.shape[1]} tokens, {seconds:.0f} s")
 
+    def _read_curves(self, path: Path) -> dict:
+        curves = sensitivity.read(path, self.weights)
+        if curves.keys() != self.shapes.keys():
+            raise DBFError(f"{path} is not finished: go on with the convert that measures it, or --budget adaptive")
+        return curves
+
+    def allocate(self) -> None:
+        """The widths of an adaptive budget, from curves that are measured here, or were before."""
+        s, work = self.settings, self.work
+        if s.budget == "uniform":
+            return
+        if s.budget == "adaptive":
+            self._measure_effects()
+        self.budget = adaptive_budget(self.shapes, s.bits, self.curves)
+        sensitivity.write(work.path / BUDGET, self.weights, self.curves, bits=s.bits, k=self.budget)
+        work.manifest["budget"] = self.budget
+        work.save()
+        each = [bits_per_weight(self.shapes, {name: k}) for name, k in self.budget.items()]
+        total = bits_per_weight(self.shapes, self.budget)
+        self.screen.line(f"budget: {min(each):.2f} to {max(each):.2f} bits a linear, {total:.3f} over all")
+
+    def _measure_effects(self) -> None:
+        path = self.work.path / BUDGET
+        self.curves = sensitivity.read(path, self.weights) if path.exists() else {}
+        if len(self.curves) == len(self.shapes):
+            self.screen.line("budget: measured before")
+            return
+        with self.screen.progress("effects", len(self.shapes), len(self.curves)) as update:
+
+            def record(name: str, curve) -> None:
+                self.curves[name] = curve
+                sensitivity.write(path, self.weights, self.curves)
+                update(len(self.curves))
+
+            sensitivity.measure(
+                self.load_dense(),
+                self.windows["calibration"].long(),
+                self.work.read_tensors("importance.safetensors"),
+                known=tuple(self.curves),
+                workers=self._workers(),
+                seed=self.settings.seed,
+                record=record,
+            )
+
+    def _workers(self) -> int:
+        """How many linears are factorized at a time; the last bits depend on it, so a resumed run has as many."""
+        if self.kind != "cpu":
+            return 1
+        if "workers" not in self.work.manifest:
+            threads, memory = self.settings.threads, available_memory()
+            workers = min(workers_for(threads, *self.shapes[name], k, memory) for name, k in self.budget.items())
+            self.work.manifest["workers"] = workers
+            self.work.save()
+        return self.work.manifest["workers"]
+
     def factorize(self) -> None:
         work, total = self.work, len(self.budget)
         done = len(work.linears())
@@ -271,14 +366,7 @@ class Job:
         if not pending:
             return
         tensors = work.read_tensors("importance.safetensors")
-        workers = 1
-        if self.kind == "cpu":
-            threads, memory = self.settings.threads, available_memory()
-            workers = min(workers_for(threads, *self.shapes[name], k, memory) for name, k in self.budget.items())
-            # The last bits depend on the threads that each of them gets, so a resumed run has as many.
-            workers = work.manifest.setdefault("workers", workers)
-            work.save()
-        with self.screen.progress("factorization", total, done) as update, side_by_side(workers) as pool:
+        with self.screen.progress("factorization", total, done) as update, side_by_side(self._workers()) as pool:
             # no list of the futures is kept: each holds its factors as long as it lives
             for future in as_completed([pool.submit(self._factorize_unit, unit, tensors) for unit in pending]):
                 for name, factors, error, seconds in future.result():
@@ -367,6 +455,7 @@ class Job:
         """Writes the GGUF; seconds for a small model, so it is always done anew."""
         s = self.settings
         recorded = self.claimed | {"embedding_type": s.embedding_type, "output_type": s.output_type}
+        recorded |= {"budget": self.recorded_budget}
         recorded |= {f"tune_{key}": value for key, value in self.work.manifest.get("tuning", {}).items()}
         self.screen.line(f"writing {output}")
         write_gguf(

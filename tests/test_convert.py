@@ -1,6 +1,6 @@
 """`dbf-gguf convert` from end to end on a tiny random model: what it writes and prints, kill and resume, refusals.
 
-    python -m pytest tests/test_convert.py
+python -m pytest tests/test_convert.py
 """
 
 import contextlib
@@ -22,7 +22,7 @@ from safetensors import safe_open
 import dbf_gguf
 from dbf_gguf import cli, machine, pipeline
 from dbf_gguf.checkpoint import WorkFolder
-from dbf_gguf.cli.convert import resolve_settings
+from dbf_gguf.cli.convert import parse_size, resolve_settings
 from dbf_gguf.errors import DBFError
 from dbf_gguf.gguf_file import GGUFFile
 from dbf_gguf.gguf_writer import check_output, write_gguf
@@ -306,6 +306,7 @@ def test_bad_models(kind, model, text, tmp_path, monkeypatch, capsys):
         (["--tune-tokens", "999999", "--seq-len", "500", "--calib", "SHORT"], "too short"),
         (["--tune-tokens", "999999", "--calib", "FEW"], "too short to tune on"),
         (["--tune-minutes", "nan"], "must be finite"),
+        (["--size", "1MiB"], "--bits and --size"),
     ],
 )
 def test_bad_options(options, message, model, text, tmp_path, monkeypatch, capsys):
@@ -422,7 +423,8 @@ def test_weights_that_are_not_finite(model, text, tmp_path, monkeypatch, capsys)
 
 def options(**given) -> dict:
     names = "bits calib calib_sequences seq_len iterations tune tune_tokens tune_minutes embedding_type output_type"
-    return dict.fromkeys(names.split()) | {"threads": None, "seed": 0, "eval_windows": 32} | given
+    others = {"size": None, "budget": "uniform", "threads": None, "seed": 0, "eval_windows": 32}
+    return dict.fromkeys(names.split()) | others | given
 
 
 def test_recipe_comes_before_defaults_and_options_before_the_recipe(model):
@@ -530,6 +532,58 @@ def test_without_tuning_and_with_perplexities(model, text, tmp_path, monkeypatch
     perplexities = work.manifest["perplexity"]
     assert [f"{perplexities['dense']:.2f}", f"{perplexities['compressed']:.2f}"] == list(found.groups())
     assert perplexities["dense"] != perplexities["compressed"]
+
+
+# --- a wanted size
+
+
+def convert_here(monkeypatch, capsys, *arguments) -> str:
+    """Runs `convert` in this process, quickly and without tuning; what it prints."""
+    quick = "--calib-sequences 4 --seq-len 64 --iterations 3 --tune none --threads 1 --device cpu --eval-windows 0"
+    monkeypatch.setattr(sys, "argv", ["dbf-gguf", "convert", *map(str, arguments), *quick.split()])
+    cli.main()
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("embedding_type, size", [("q8_0", 50_000), ("q8_0", 64_321), ("f16", 75_000)])
+def test_size_is_hit(embedding_type, size, model, text, tmp_path, monkeypatch, capsys):
+    arguments = ["--calib", text, "--size", size, "--embedding-type", embedding_type]
+    monkeypatch.chdir(tmp_path)
+    printed = convert_here(monkeypatch, capsys, model, *arguments)
+    output = tmp_path / f"tiny-dbf-{size}.gguf"
+    assert abs(output.stat().st_size / size - 1) < 0.01
+    assert f"for a file of {size:,} bytes" in printed
+    resumed = convert_here(monkeypatch, capsys, model, *arguments, "--resume")
+    assert "factorization: 14 of 14 linears done before" in resumed
+
+
+@pytest.mark.parametrize(
+    "size, message",
+    [("10KB", "at least"), ("1GiB", "even at 6 bits a weight"), ("much", "like 1.9GiB"), ("0MB", "like 1.9GiB")],
+)
+def test_sizes_that_cannot_be(size, message, model, text, tmp_path, monkeypatch, capsys):
+    without_bits = OPTIONS[2:]
+    output = tmp_path / "out.gguf"
+    error = fails(monkeypatch, capsys, "convert", model, "--calib", text, "-o", output, *without_bits, "--size", size)
+    assert message in error
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_smallest_size_that_is_named_can_be_had(model, text, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    error = fails(monkeypatch, capsys, "convert", model, "--calib", text, *OPTIONS[2:], "--size", "1KB")
+    assert "--embedding-type" in error
+    smallest = int(re.search(r"at least ([\d,]+) bytes", error)[1].replace(",", ""))
+    convert_here(monkeypatch, capsys, model, "--calib", text, "--size", smallest)
+    assert abs((tmp_path / f"tiny-dbf-{smallest}.gguf").stat().st_size / smallest - 1) < 0.01
+
+
+@pytest.mark.parametrize(
+    "text, size",
+    [("1.9GiB", 2040109466), ("700 MB", 700_000_000), ("2mib", 2 << 20), ("1.5kB", 1500), ("123456", 123456)],
+)
+def test_sizes_are_read(text, size):
+    assert parse_size(text) == size
 
 
 def test_help_names_every_option_in_a_group():

@@ -15,7 +15,16 @@ import pytest
 import torch
 
 from dbf_gguf import checkpoint
-from dbf_gguf.budget import MAX_BITS, MIN_BITS, bits_per_weight, linear_bits, uniform_budget
+from dbf_gguf.budget import (
+    FLOOR,
+    MAX_BITS,
+    MIN_BITS,
+    adaptive_budget,
+    bits_for_size,
+    bits_per_weight,
+    linear_bits,
+    uniform_budget,
+)
 from dbf_gguf.checkpoint import WorkFolder
 from dbf_gguf.errors import DBFError
 from dbf_gguf.factors import Factors, pack_signs, unpack_signs
@@ -167,6 +176,79 @@ def test_budget_refuses_a_width_the_format_cannot_hold():
     with pytest.raises(DBFError, match=r"odd_proj.*100.*multiple of 32"):
         uniform_budget({"odd_proj": (64, 100)}, 2.0)
     uniform_budget({"odd_proj": (100, 64)}, 2.0)  # the output's width may be anything
+
+
+def random_curves(shapes, seed: int) -> dict:
+    """Effects over three orders of magnitude, falling to 0.3 to 0.9 from 1 to 2 bits."""
+    g = np.random.default_rng(seed)
+    low, high = uniform_budget(shapes, 1.0), uniform_budget(shapes, 2.0)
+    effects = {name: 10 ** g.uniform(-3, 0) for name in shapes}
+    return {n: ((low[n], e), (max(high[n], low[n] + 32), e * g.uniform(0.3, 0.9))) for n, e in effects.items()}
+
+
+def total_bits(shapes, ks) -> int:
+    return sum(linear_bits(*shapes[name], k) for name, k in ks.items())
+
+
+def effect_at(curve, k: int) -> float:
+    (k_0, e_0), (k_1, e_1) = curve
+    return e_0 * (e_1 / e_0) ** ((k - k_0) / (k_1 - k_0))
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("bits", [0.5, 1.0, 1.37, 1.5, 2.0, 2.3, 4.0])
+def test_adaptive_budget_spends_what_the_uniform_one_does(bits, seed):
+    curves = random_curves(SMOLLM2, seed)
+    ks = adaptive_budget(SMOLLM2, bits, curves)
+    assert list(ks) == list(SMOLLM2)
+    even = uniform_budget(SMOLLM2, bits)
+    step = 32 * min(n_out + n_in + 16 for n_out, n_in in SMOLLM2.values())
+    assert 0 <= total_bits(SMOLLM2, even) - total_bits(SMOLLM2, ks) < step
+    for name, (n_out, n_in) in SMOLLM2.items():
+        assert ks[name] % 32 == 0 and ks[name] >= 32
+        one_more = linear_bits(n_out, n_in, ks[name] + 32) / (n_out * n_in)  # the floor, up to a step of 32
+        assert one_more > FLOOR * bits
+    assert ks != even
+    assert sum(effect_at(curves[n], ks[n]) for n in ks) < sum(effect_at(curves[n], even[n]) for n in ks)
+
+
+def test_more_bits_are_more_channels():
+    curves = random_curves(SMOLLM2, 7)
+    totals = [total_bits(SMOLLM2, adaptive_budget(SMOLLM2, bits / 20, curves)) for bits in range(8, 60)]
+    assert totals == sorted(totals) and len(set(totals)) == len(totals)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_no_other_widths_of_the_same_bits_have_less_effect(seed):
+    """Equal shapes, so that the steps fit exactly: compared with every way to spend the bits above the floors."""
+    shapes = dict.fromkeys("abc", (256, 128))
+    curves = random_curves(shapes, seed)
+    found = adaptive_budget(shapes, 3.0, curves)
+    steps = sum(found.values()) // 32
+    lowest = int((FLOOR * 3.0 * 256 * 128 - linear_bits(256, 128, 0)) / 400 // 32)
+    others = [
+        sum(effect_at(curves[name], 32 * k) for name, k in zip("abc", (a, b, steps - a - b), strict=True))
+        for a in range(lowest, steps)
+        for b in range(lowest, steps - a - lowest + 1)
+    ]
+    assert len(others) > 10
+    assert sum(effect_at(curves[name], k) for name, k in found.items()) == pytest.approx(min(others), rel=1e-12)
+
+
+def test_the_more_a_linear_matters_the_more_bits_it_gets():
+    shapes = {str(i): (256, 256) for i in range(6)}
+    curves = {name: ((128, 2.0 ** int(name)), (256, 0.3 * 2.0 ** int(name))) for name in shapes}
+    ks = list(adaptive_budget(shapes, 1.5, curves).values())
+    assert ks == sorted(ks) and ks[0] < ks[-1]
+
+
+def test_bits_for_a_size():
+    """A file that is larger by what the linears grow by needs as many bits as they then have."""
+    least, wanted = uniform_budget(SMOLLM2, MIN_BITS), uniform_budget(SMOLLM2, 1.7)
+    rest = 12345678
+    smallest, size = (rest + total_bits(SMOLLM2, ks) // 8 for ks in (least, wanted))
+    found = bits_for_size(SMOLLM2, size, smallest, least)
+    assert 0 <= counted_bits(SMOLLM2, wanted) - found < 1.01e-4
 
 
 # --- work folder

@@ -691,6 +691,9 @@ def test_inspect(built):
     assert totals["f16_bytes"] == pytest.approx(made.dense.stat().st_size, rel=0.05)
     assert totals["linear_bits_per_weight"] == pytest.approx(shown["metadata"]["dbf.bits_per_weight"])
     assert {entry["name"]: entry["type"] for entry in shown["tensors"]}["token_embd.weight"] == "F16"
+    bits = [entry["bits"] for entry in linears.values()]
+    assert totals["linear_bits_range"] == [min(bits), max(bits)]
+    assert totals["budget"] is None  # the settings of this file do not say
 
     status, output = run("inspect", made.dbf)
     assert status == 0

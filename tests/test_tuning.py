@@ -20,7 +20,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCau
 
 import dbf_gguf
 from dbf_gguf import distill as distill_module
-from dbf_gguf import evaluate, importance, loss
+from dbf_gguf import evaluate, importance, loss, sensitivity
 from dbf_gguf.blocks import BlockModel
 from dbf_gguf.checkpoint import WorkFolder
 from dbf_gguf.distill import Trainables, distill, learning_rate
@@ -1181,3 +1181,90 @@ def test_a_run_that_diverges_is_refused(llama, work):
     teacher, new = llama
     with pytest.raises(DBFError, match="not finite at step 2"):
         distill(new(), teacher, WINDOWS, work, lr=math.inf, seed=0, tokens=5 * STEP)
+
+
+# --- effects of single linears
+
+
+def measured(model, windows, workers: int = 1, known=()) -> dict:
+    curves = {}
+    sensitivity.measure(
+        model,
+        windows,
+        importance.measure(model, windows),
+        known=known,
+        workers=workers,
+        seed=0,
+        record=curves.__setitem__,
+    )
+    return curves
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_effect_is_the_kl_of_one_compressed_linear(kind):
+    model, windows = tiny(kind), ids(11, 50)
+    before = copy.deepcopy(model.state_dict())
+    curves = measured(model, windows)
+    assert curves.keys() == block_linears(model).keys()
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    tensors = importance.measure(model, windows)
+    for name in list(curves)[::5]:
+        weights = block_linears(model)[name].weight[None]
+        options = {"importance_in": tensors[f"{name}.input"][None], "importance_out": tensors[f"{name}.output"][None]}
+        (k_0, effect_0), (k_1, effect_1) = curves[name]
+        assert 32 <= k_0 < k_1
+        (((factors,), error), (_, smaller)) = (
+            factorize(weights, k, iterations=sensitivity.ITERATIONS, **options) for k in (k_0, k_1)
+        )
+        student = copy.deepcopy(model)
+        replace_linear(student, name, factors, torch.float32)
+        assert effect_0 == pytest.approx(kl64(student, model, windows), rel=1e-3)  # 550 tokens: all eleven windows
+        assert effect_1 / effect_0 == pytest.approx((smaller / error).item(), rel=1e-6)
+
+
+def test_effects_of_several_workers_and_of_the_rest():
+    model, windows = tiny("llama-tied"), ids(4, 50)
+    curves = measured(model, windows)
+    assert measured(model, windows, workers=3) == curves
+    known = list(curves)[3:]
+    assert list(measured(model, windows, known=known)) == list(curves)[:3]
+
+
+def test_a_linear_without_effect_has_a_curve():
+    """Zero weights: the compressed linear is the linear. The curve still falls, as the allocation needs."""
+    model = tiny("llama-tied")
+    name = "model.layers.1.mlp.up_proj"
+    block_linears(model)[name].weight.data.zero_()
+    (_, effect_0), (_, effect_1) = measured(model, ids(4, 50))[name]
+    assert 0 < effect_1 < effect_0 < 1e-6
+
+
+def test_weights_that_cannot_be_factorized_are_named():
+    model, windows = tiny("llama-tied"), ids(4, 50)
+    tensors = importance.measure(model, windows)
+    block_linears(model)["model.layers.0.mlp.up_proj"].weight.data[3, 5] = math.nan
+    with pytest.raises(DBFError, match="layers.0.mlp.up_proj") as error:
+        sensitivity.measure(model, windows, tensors, known=(), workers=1, seed=0, record=lambda name, curve: None)
+    one_line(error)
+
+
+def test_stored_curves(tmp_path):
+    path = tmp_path / "budget.json"
+    curves = {"a": ((32, 0.25), (96, 1 / 3)), "b": ((64, 1e-9), (128, 1e-12))}
+    sensitivity.write(path, "weights", curves, bits=2.0)
+    assert sensitivity.read(path, "weights") == curves
+    with pytest.raises(DBFError, match="another model") as error:
+        sensitivity.read(path, "others")
+    one_line(error)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{}", "7", '{"format": 1}', '{"format": 1, "weights": "w", "curves": {"a": 3}}']
+)
+def test_what_is_no_stored_budget(text, tmp_path):
+    path = tmp_path / "x.json"
+    path.write_text(text)
+    for place, message in ((path, "is no budget"), (tmp_path, "cannot be read"), (tmp_path / "none", "cannot be read")):
+        with pytest.raises(DBFError, match=message) as error:
+            sensitivity.read(place, "w")
+        one_line(error)

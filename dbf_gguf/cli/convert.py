@@ -2,6 +2,7 @@
 
 import math
 import os
+import re
 from dataclasses import asdict
 from pathlib import Path
 
@@ -10,11 +11,11 @@ import click
 from ..errors import DBFError
 
 GROUPS = {
-    "Basic": ("bits", "output", "work", "resume"),
+    "Basic": ("bits", "size", "output", "work", "resume"),
     "Calibration and tuning": ("calib", "calib_sequences", "seq_len", "tune", "tune_tokens", "tune_minutes"),
     "File": ("embedding_type", "output_type"),
     "Resources": ("threads", "device"),
-    "Advanced": ("iterations", "seed", "eval_windows"),
+    "Advanced": ("budget", "iterations", "seed", "eval_windows"),
 }
 
 
@@ -37,11 +38,12 @@ Example:
 )
 @click.argument("model")
 @click.option("--bits", type=float, help="Bits a weight over the compressed linears, scales included.")
+@click.option("--size", help="Size of the GGUF file instead of --bits: 1.9GiB, 700MB, bytes; all is counted.")
 @click.option(
     "-o",
     "--output",
     type=click.Path(path_type=Path),
-    help="The GGUF file to write.  [default: MODEL-dbf-BITS.gguf here]",
+    help="The GGUF file to write.  [default: MODEL-dbf-BITS.gguf here, or MODEL-dbf-SIZE.gguf]",
 )
 @click.option(
     "--work",
@@ -63,6 +65,13 @@ Example:
 @click.option("--output-type", help="GGUF type of the output head, where it is not tied to the embeddings.")
 @click.option("--threads", type=click.IntRange(1), help="CPU threads.  [default: all cores]")
 @click.option("--device", help="cpu, cuda, cuda:1, mps.  [default: cuda where torch finds it, else cpu]")
+@click.option(
+    "--budget",
+    default="uniform",
+    show_default=True,
+    help="Bits of each linear: `uniform`, `adaptive` to what compressing it does to the model's output, or the "
+    "budget.json of a work folder, to allocate by what was measured there.",
+)
 @click.option("--iterations", type=click.IntRange(3), help="Outer iterations of the factorization.")
 @click.option(
     "--seed",
@@ -96,11 +105,16 @@ def command(model: str, output: Path | None, work: Path | None, resume: bool, **
     from ..source import resolve
 
     device = _device(options.pop("device"))
+    size = options["size"]
+    if size is not None:
+        options["size"] = parse_size(size)
+        if options["bits"] is not None:
+            raise DBFError("--bits and --size both say how large the result is: give one of them")
     if options["bits"] is not None:
         uniform_budget({}, options["bits"])  # refuses what cannot be made before a model is fetched
     source = resolve(model)
     settings = resolve_settings(source, device, options)
-    output = output or Path(f"{source.name}-dbf-{settings.bits}.gguf")
+    output = output or Path(f"{source.name}-dbf-{settings.bits if size is None else size.replace(' ', '')}.gguf")
     check_output(output, source.gguf)
     if work is None:
         work = output.with_name(f"{output.name.removesuffix('.gguf')}-work")
@@ -112,6 +126,17 @@ def command(model: str, output: Path | None, work: Path | None, resume: bool, **
         if value is not None:
             screen.line(f"{name.replace('_', ' '):<16} {value}")
     convert(source, model, output, work, settings, screen)
+
+
+UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+def parse_size(text: str) -> int:
+    """Bytes of "1.9GiB", "700 MB" or "123456789"; case does not matter. Raises DBFError for anything else."""
+    found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) *([KMG]I?B|)B?", text.strip().upper())
+    if not found or float(found[1]) == 0:
+        raise DBFError(f"--size {text} is no size: give it like 1.9GiB, 700MB, or as plain bytes")
+    return round(float(found[1]) * UNITS[found[2]])
 
 
 def _device(name: str | None) -> str:
@@ -147,7 +172,9 @@ def resolve_settings(source, device: str, options: dict):
         tokens, minutes = recipe.tune.get("tune_tokens"), recipe.tune.get("tune_minutes")
     tune = chosen("tune", recipe.tune["tune"])
     return Settings(
-        bits=chosen("bits", recipe.bits),
+        bits=chosen("bits", recipe.bits) if options["size"] is None else None,
+        size=options["size"],
+        budget=options["budget"],
         calib=chosen("calib", recipe.calib),
         calib_sequences=chosen("calib_sequences", recipe.calib_sequences),
         seq_len=chosen("seq_len", recipe_seq_len),

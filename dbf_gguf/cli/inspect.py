@@ -35,11 +35,14 @@ def summarize(file) -> dict:
     f16 = file.data_start + 2 * in_linears
     f16 += sum((2 if len(t.ne) > 1 else 4) * t.n_elements for t in file.tensors.values() if t.name not in in_linear)
     keys = [key for key in file.metadata if key in ("general.architecture", "general.name") or key.startswith("dbf.")]
+    each = [entry["bits"] for entry in linears] or [0.0]
     return {
         "linears": linears,
         "tensors": others,
         "totals": {
             "linears": len(linears),
+            "budget": _budget(file),
+            "linear_bits_range": [min(each), max(each)],
             "linear_weights": in_linears,
             "linear_bytes": sum(entry["bytes"] for entry in linears),
             "linear_bits_per_weight": bits_per_weight(file),
@@ -50,6 +53,15 @@ def summarize(file) -> dict:
         },
         "metadata": {key: file.get(key) for key in keys},
     }
+
+
+def _budget(file) -> str | None:
+    """How the bits were divided among the linears, where the file says it."""
+    try:
+        budget = json.loads(file.get("dbf.settings")).get("budget")
+    except (TypeError, ValueError, AttributeError):
+        return None
+    return budget if isinstance(budget, str) else None
 
 
 def show(summary: dict) -> None:
@@ -75,9 +87,10 @@ def show(summary: dict) -> None:
     for key, value in summary["metadata"].items():
         console.print(f"{key} = {value}", markup=False, highlight=False, soft_wrap=True)
     t = summary["totals"]
+    low, high = t["linear_bits_range"]
     console.print(
-        f"\n{t['linears']} DBF linears: {t['linear_bits_per_weight']:.3f} bits per weight, "
-        f"{t['linear_bytes'] / MIB:.1f} MiB\n"
+        f"\n{t['linears']} DBF linears: {t['linear_bits_per_weight']:.3f} bits per weight "
+        f"({low:.3f} to {high:.3f}, budget {t['budget'] or 'unknown'}), {t['linear_bytes'] / MIB:.1f} MiB\n"
         f"whole file: {t['file_bits_per_weight']:.3f} bits per weight, {t['file_bytes'] / MIB:.1f} MiB; "
         f"as F16 {t['f16_bytes'] / MIB:.1f} MiB ({t['f16_bytes'] / t['file_bytes']:.2f} times as large)",
         highlight=False,
