@@ -1,9 +1,9 @@
 """Compression block by block: what a linear is fitted to are the inputs that it will really get.
 
-Two streams of hidden states go through the model, over the same windows: the dense model's, and that of the model whose
-blocks before this one are compressed already. Within a block, the linears that read the same input (q, k, v; o; gate, up;
-down) are compressed one group after the other. From the inputs x of the dense and x̂ of the compressed stream come, as
-means over all tokens,
+Two streams of hidden states go through the model, over the same windows: the dense model's, and that of the model
+whose blocks before this one are compressed already. Within a block, the linears that read the same input (q, k, v; o;
+gate, up; down) are compressed one group after the other. From the inputs x of the dense and x̂ of the compressed
+stream come, as means over all tokens,
 
     H = x̂ᵀ x̂    C = xᵀ x̂    R = (r − r̂)ᵀ x̂        r: the residual stream that the output is added to, else R = 0
 
@@ -33,7 +33,8 @@ from .threads import in_order, side_by_side
 
 CORRECTION_RIDGE = 1.0  # δ
 MEMORY_BYTES = 1 << 30  # of each stream, before it is kept in a file
-RESIDUAL = {"o_proj": None, "down_proj": "post_attention_layernorm"}  # whose input the output is added to; None: block's
+# the module whose input a linear's output is added to; None: the block's input
+RESIDUAL = {"o_proj": None, "down_proj": "post_attention_layernorm"}
 TOKEN_CAP = 10.0  # times the median energy of a token's input; a token above it counts as if it had that much
 
 
@@ -147,18 +148,18 @@ def compress(
 ) -> None:
     """Compresses every linear of every block, in their order, over `windows` [count, length].
 
-    factorize  is given {name: W* [n_out, n_in]} of a group and H [n_in, n_in]; it must put every name into the work folder
+    factorize  gets {name: W* [n_out, n_in]} of a group and H [n_in, n_in]; it puts every linear into the work folder
     """
     streams = Streams(model, windows, work)
     for index in range(len(model)):
         dense = model.block(index)
         compressed = copy.deepcopy(dense)
         for group in groups(model, index, dense, streams.dense.read(slice(0, 1))):
-            pending = [name for name in group if name not in work.manifest["linears"]]
-            if pending:
+            if any(name not in work.manifest["linears"] for name in group):
                 h, c, r = streams.moments(index, dense, compressed, group)
                 weights = linears(index, dense)
-                factorize({name: corrected(weights[name].weight, h, c, r) for name in pending}, h)
+                # all of them, so that a resumed run computes on as many threads and ends in the same bits
+                factorize({name: corrected(weights[name].weight, h, c, r) for name in group}, h)
             for name in group:
                 replace(index, compressed, name, work.factors(name), model.dtype)
         if index + 1 < len(model):

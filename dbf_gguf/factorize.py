@@ -25,14 +25,14 @@ How this differs from the plain method (`bench/factorize.py` has it, as referenc
 
 Importance (section 3.3): W' = diag(o) W diag(i) is factorized and the scales divided by o and i afterwards.
 
-Inputs are not only uneven, they are correlated: what counts is the error of the outputs, ‖(W' − A'·B')·H^½‖², where H
-is the second moment of the inputs in units of their RMS i (unit diagonal; H = I is the case above). With it, the half step
-for A' takes F H Fᵀ and F H V in the place of F Fᵀ and F V. The one for B' becomes, with H = Q diag(h) Qᵀ,
+Inputs are not only uneven, they are correlated: what counts is the error of the outputs, ‖(W' − A'·B')·H^½‖², where
+H is the second moment of the inputs in units of their RMS i (unit diagonal; H = I is the case above). With it, the
+half step for A' takes F H Fᵀ and F H V in the place of F Fᵀ and F V. The one for B' becomes, with H = Q diag(h) Qᵀ,
 
     (F Fᵀ) S̃ diag(h) + (λ + ρ) S̃ = F V H Q + ρ (X − U) Q            S̃ = S Q,
 
-a system of its own for every column of S̃, of which the last solution is a good guess: a few steps of conjugate gradients
-on all columns at once, products again, cost no more than the inverse that they save.
+a system of its own for every column of S̃, of which the last solution is a good guess: a few steps of conjugate
+gradients on all columns at once, products again, cost no more than the inverse that they save.
 """
 
 import torch
@@ -91,7 +91,7 @@ class _Side:
         self._project()
 
     def metric_step(self, fixed: torch.Tensor, metric: "_Metric", rho: float, ridge: float) -> None:
-        """Moves this factor, whose columns the metric couples, against `fixed` [batch, k, d] with rows of unit length."""
+        """Moves this factor, whose columns the metric couples, against `fixed` [batch, k, d], rows of unit length."""
         gram, shift = torch.bmm(fixed, fixed.transpose(1, 2), out=self.gram), rho + ridge
         right = torch.bmm(fixed, metric.rotated, out=self.right)
         right.add_(torch.bmm(self.d, metric.basis, out=self.s), alpha=rho)
@@ -179,11 +179,12 @@ def factorize(
 
     importance_in `[batch, n_in]` and importance_out `[batch, n_out]`: RMS of input activations and output gradients;
     None is 1 everywhere. moment `[batch, n_in, n_in]`: mean of x xᵀ over input activations x, in the place of
-    importance_in, whose squares it has on its diagonal. `dtype` is that of the products (see `product_dtype`). The result
-    depends on the weights, the importances, k, the seed, the device and its thread count only.
+    importance_in, whose squares are on its diagonal. `dtype` is that of the products (see `product_dtype`). The
+    result depends on the weights, the importances, k, the seed, the device and its thread count only.
 
     Returns the factors (scales float32, on the weights' device) and the relative squared error ‖W'−Ŵ'‖² / ‖W'‖² of
-    each, `[batch]`, under the importances or, with a moment, of the outputs. Raises ValueError for weights that are not finite or make it diverge.
+    each, `[batch]`, under the importances or, with a moment, of the outputs. Raises ValueError for weights that are not
+    finite or make it diverge.
     """
     if not torch.isfinite(weight).all():
         raise ValueError("the weight has values that are not finite")

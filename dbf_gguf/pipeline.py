@@ -14,6 +14,7 @@ import resource
 import shutil
 import sys
 import time
+from collections.abc import Callable, Iterable
 from concurrent.futures import as_completed
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -24,7 +25,7 @@ import gguf
 import torch
 from safetensors import safe_open
 
-from . import calibration, distill, importance, sensitivity
+from . import blockwise, calibration, distill, importance, sensitivity
 from .blocks import BlockModel
 from .budget import MAX_BITS, MIN_BITS, adaptive_budget, bits_for_size, bits_per_weight, linear_bits, uniform_budget
 from .checkpoint import WorkFolder, read_tensors
@@ -62,6 +63,8 @@ class Settings:
     calib_sequences: int
     seq_len: int
     iterations: int
+    blocks: str  # "none": every linear by itself; "fit": block by block, see `blockwise`
+    block_tokens: int | None
     tune: str  # "none" or "scales"
     tune_tokens: int | None
     tune_minutes: float | None
@@ -244,13 +247,16 @@ class Job:
             )
 
     def _cut_windows(self) -> dict[str, torch.Tensor]:
-        """`calibration` [calib_sequences, seq_len] and, if tuning follows, `tuning` [count, tune_seq_len], int32."""
+        """int32 `calibration` and `blocks` [count, seq_len], `tuning` [count, tune_seq_len], as far as they are used."""
         s = self.settings
         tokens = 0
         if s.tune == "scales":
             tokens = distill.HELD_OUT_TOKENS + (MINUTES_POOL if s.tune_tokens is None else s.tune_tokens)
-        text = calibration.read_text(s.calib, CHARACTERS_PER_TOKEN * max(s.calib_sequences * s.seq_len, tokens))
+        needed = max(s.calib_sequences * s.seq_len, s.block_tokens or 0, tokens)
+        text = calibration.read_text(s.calib, CHARACTERS_PER_TOKEN * needed)
         windows = {"calibration": (s.seq_len, s.calib_sequences)}
+        if s.blocks != "none":
+            windows["blocks"] = (s.seq_len, math.ceil(s.block_tokens / s.seq_len))
         if tokens:
             windows["tuning"] = (s.tune_seq_len, math.ceil(tokens / s.tune_seq_len))
         cut = {
@@ -267,7 +273,7 @@ class Job:
         self.claimed = {"bits": s.bits, "iterations": s.iterations, "seed": s.seed, "device": s.device}
         self.claimed |= {"threads": s.threads}  # sums are split by them, so the last bits depend on their number
         self.claimed |= {"calib": self.calib, "calib_sequences": s.calib_sequences, "seq_len": s.seq_len}
-        self.claimed |= {"tune": s.tune}
+        self.claimed |= {"blocks": s.blocks, "block_tokens": s.block_tokens, "tune": s.tune}
         if s.tune == "scales":
             self.claimed |= {"tune_tokens": s.tune_tokens, "tune_minutes": s.tune_minutes}
             self.claimed |= {"tune_seq_len": s.tune_seq_len, "tune_lr": s.tune_lr}
@@ -362,13 +368,26 @@ class Job:
         done = len(work.linears())
         if done:
             self.screen.line(f"factorization: {done} of {total} linears done before")
-        pending = [unit for unit in self.units() if any(name not in work.manifest["linears"] for name in unit)]
-        if not pending:
+        if done == total:
             return
         tensors = work.read_tensors("importance.safetensors")
-        with self.screen.progress("factorization", total, done) as update, side_by_side(self._workers()) as pool:
+        with self.screen.progress("factorization", total, done) as update:
+            if self.settings.blocks == "none":
+                units = [u for u in self.units(self.budget) if any(name not in work.manifest["linears"] for name in u)]
+                self._factorize_units(units, self._read_weight, tensors, None, self._workers(), update)
+                return
+
+            def group(weights: dict[str, torch.Tensor], moment: torch.Tensor) -> None:
+                workers = min(self._workers(), len(weights))
+                self._factorize_units(self.units(weights), weights.get, tensors, moment, workers, update)
+
+            blockwise.compress(self.block_model(), self.windows["blocks"].long(), work, group)
+
+    def _factorize_units(self, units: list, weight: Callable, tensors: dict, moment, workers: int, update) -> None:
+        work = self.work
+        with side_by_side(workers) as pool:
             # no list of the futures is kept: each holds its factors as long as it lives
-            for future in as_completed([pool.submit(self._factorize_unit, unit, tensors) for unit in pending]):
+            for future in as_completed([pool.submit(self._factorize_unit, u, weight, tensors, moment) for u in units]):
                 for name, factors, error, seconds in future.result():
                     bits = linear_bits(factors.n_out, factors.n_in, factors.k) / (factors.n_out * factors.n_in)
                     record = {"k": factors.k, "error": error, "seconds": round(seconds, 2)}
@@ -378,15 +397,15 @@ class Job:
                     )
                 update(len(work.linears()))
 
-    def units(self) -> list[list[str]]:
+    def units(self, names: Iterable[str]) -> list[list[str]]:
         """The linears that are factorized together: one by one on a CPU, on other devices equal ones of a block.
 
         A unit is done again as a whole, because the arithmetic of a batch may depend on its size.
         """
         units: dict[tuple, list[str]] = {}
-        for name, k in self.budget.items():
+        for name in names:
             block = name.split(".")[2] if self.kind in GROUPED else name
-            units.setdefault((block, self.shapes[name], k), []).append(name)
+            units.setdefault((block, self.shapes[name], self.budget[name]), []).append(name)
         return list(units.values())
 
     def _read_weight(self, name: str) -> torch.Tensor:
@@ -394,17 +413,18 @@ class Job:
         with safe_open(str(self.files[key]), "pt") as f:
             return f.get_tensor(key)
 
-    def _factorize_unit(self, names: list[str], tensors: dict) -> list[tuple]:
-        """[(name, factors, error, seconds)] of one unit."""
+    def _factorize_unit(self, names: list[str], weight: Callable, tensors: dict, moment) -> list[tuple]:
+        """[(name, factors, error, seconds)] of one unit; weight(name) is [n_out, n_in], moment [n_in, n_in] or None."""
         begin = time.monotonic()
         device = self.settings.device
-        weights = torch.stack([self._read_weight(name).to(device) for name in names])
+        weights = torch.stack([weight(name).to(device) for name in names])
         try:
             factors, errors = factorize(
                 weights,
                 self.budget[names[0]],
                 importance_in=torch.stack([tensors[f"{name}.input"] for name in names]),
                 importance_out=torch.stack([tensors[f"{name}.output"] for name in names]),
+                moment=None if moment is None else moment.expand(len(names), -1, -1),
                 iterations=self.settings.iterations,
                 seed=self.settings.seed,
             )

@@ -12,7 +12,8 @@ from ..errors import DBFError
 
 GROUPS = {
     "Basic": ("bits", "size", "output", "work", "resume"),
-    "Calibration and tuning": ("calib", "calib_sequences", "seq_len", "tune", "tune_tokens", "tune_minutes"),
+    "Calibration": ("calib", "calib_sequences", "seq_len"),
+    "Compression and tuning": ("blocks", "block_tokens", "tune", "tune_tokens", "tune_minutes"),
     "File": ("embedding_type", "output_type"),
     "Resources": ("threads", "device"),
     "Advanced": ("budget", "iterations", "seed", "eval_windows"),
@@ -54,6 +55,12 @@ Example:
 @click.option("--calib", help="Calibration text: a text file, a hub dataset owner/name, or `wiki`.")
 @click.option("--calib-sequences", type=click.IntRange(1), help="Windows of it that importance is measured on.")
 @click.option("--seq-len", type=click.IntRange(16), help="Tokens in each of them.")
+@click.option(
+    "--blocks",
+    type=click.Choice(["none", "fit"]),
+    help="Compress block by block, each fitted to what those before it give, or every linear by itself.",
+)
+@click.option("--block-tokens", type=click.IntRange(1), help="Tokens that go through the blocks for it.")
 @click.option("--tune", type=click.Choice(["none", "scales"]), help="Distillation into scales and norms, or none.")
 @click.option("--tune-tokens", type=click.IntRange(1), help="Tokens to tune on.")
 @click.option(
@@ -171,6 +178,7 @@ def resolve_settings(source, device: str, options: dict):
     if tokens is None and minutes is None:
         tokens, minutes = recipe.tune.get("tune_tokens"), recipe.tune.get("tune_minutes")
     tune = chosen("tune", recipe.tune["tune"])
+    blocks = chosen("blocks", "fit")
     return Settings(
         bits=chosen("bits", recipe.bits) if options["size"] is None else None,
         size=options["size"],
@@ -179,6 +187,8 @@ def resolve_settings(source, device: str, options: dict):
         calib_sequences=chosen("calib_sequences", recipe.calib_sequences),
         seq_len=chosen("seq_len", recipe_seq_len),
         iterations=chosen("iterations", recipe.iterations or OUTER_ITERATIONS),
+        blocks=blocks,
+        block_tokens=None if blocks == "none" else chosen("block_tokens", 49_152),
         tune=tune,
         tune_tokens=tokens if tune == "scales" else None,
         tune_minutes=minutes if tune == "scales" else None,
