@@ -247,7 +247,7 @@ class Job:
             )
 
     def _cut_windows(self) -> dict[str, torch.Tensor]:
-        """int32 `calibration` and `blocks` [count, seq_len], `tuning` [count, tune_seq_len], as far as they are used."""
+        """int32 `calibration` and `blocks` [count, seq_len], `tuning` [count, tune_seq_len]; what is used of them."""
         s = self.settings
         tokens = 0
         if s.tune == "scales":
