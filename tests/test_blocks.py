@@ -45,6 +45,7 @@ CONFIGS = {
         **SIZES, use_sliding_window=True, sliding_window=7, max_window_layers=1, tie_word_embeddings=True
     ),
     "qwen3": transformers.Qwen3Config(**SIZES, head_dim=32, tie_word_embeddings=False),
+    "phi3": transformers.Phi3Config(**SIZES, sliding_window=9, pad_token_id=0),  # one linear for q, k, v
 }
 
 
