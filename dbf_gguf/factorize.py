@@ -42,6 +42,7 @@ from .factors import Factors
 OUTER_ITERATIONS = 180
 RHO = (0.3, 1.0)  # of the Gram matrix' diagonal, which is 1; from the first iteration to the last
 RIDGE = (0.5, 0.02)
+METRIC_RIDGE = (0.2, 0.02)  # with a metric, which itself keeps S from fitting noise where inputs are small
 CG_STEPS = 3  # the exact solution gives no lower error
 DAMPING = 0.2  # of H's mean eigenvalue: without it the noise of H's small eigenvalues, a sample's, is fitted
 TINY = 1e-20
@@ -209,7 +210,7 @@ def factorize(
     metric = None if moment is None else _Metric(moment, target, k, dtype)
     for t in range(iterations):
         done = min(1.0, t / max(1, iterations - 3))
-        rho, ridge = _anneal(RHO, done), _anneal(RIDGE, done)
+        rho, ridge = _anneal(RHO, done), _anneal(RIDGE if metric is None else METRIC_RIDGE, done)
         if metric is None:
             side_a.half_step(fixed, fixed, rho, ridge)
             side_b.half_step(side_a.unit, side_a.unit, rho, ridge)

@@ -29,8 +29,8 @@ from dbf_gguf.gguf_writer import check_output, write_gguf
 from dbf_gguf.source import ModelSource, resolve
 from dbf_gguf.verify import check_format, check_work
 
-OPTIONS = "--bits 2 --calib-sequences 4 --seq-len 64 --iterations 12 --tune-tokens 30720 --threads 2 --device cpu"
-OPTIONS = [*OPTIONS.split(), "--eval-windows", "0"]
+OPTIONS = "--bits 2 --calib-sequences 4 --seq-len 64 --iterations 12 --block-tokens 2048 --tune-tokens 30720"
+OPTIONS = [*OPTIONS.split(), "--threads", "2", "--device", "cpu", "--eval-windows", "0"]
 LINEAR = re.compile(r"blk\.\d+\.\w+ +k=\d+ +\d\.\d\d bits  err 0\.\d{4}  \d+\.\d s")
 
 
