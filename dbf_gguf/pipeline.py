@@ -335,6 +335,7 @@ class Job:
         if len(self.curves) == len(self.shapes):
             self.screen.line("budget: measured before")
             return
+        widest = uniform_budget(self.shapes, max(sensitivity.MEASURED_BITS))
         with self.screen.progress("effects", len(self.shapes), len(self.curves)) as update:
 
             def record(name: str, curve) -> None:
@@ -347,21 +348,21 @@ class Job:
                 self.windows["calibration"].long(),
                 self.work.read_tensors("importance.safetensors"),
                 known=tuple(self.curves),
-                workers=self._workers(),
+                workers=self._workers("measuring_workers", widest),
                 seed=self.settings.seed,
                 record=record,
             )
 
-    def _workers(self) -> int:
-        """How many linears are factorized at a time; the last bits depend on it, so a resumed run has as many."""
+    def _workers(self, key: str = "workers", widths: dict[str, int] | None = None) -> int:
+        """How many linears are at work at a time. The last bits depend on it, so the manifest keeps it under `key`."""
         if self.kind != "cpu":
             return 1
-        if "workers" not in self.work.manifest:
-            threads, memory = self.settings.threads, available_memory()
-            workers = min(workers_for(threads, *self.shapes[name], k, memory) for name, k in self.budget.items())
-            self.work.manifest["workers"] = workers
+        if key not in self.work.manifest:
+            threads, memory, widths = self.settings.threads, available_memory(), widths or self.budget
+            workers = min(workers_for(threads, *self.shapes[name], k, memory) for name, k in widths.items())
+            self.work.manifest[key] = workers
             self.work.save()
-        return self.work.manifest["workers"]
+        return self.work.manifest[key]
 
     def factorize(self) -> None:
         work, total = self.work, len(self.budget)

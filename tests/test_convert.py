@@ -1,6 +1,6 @@
 """`dbf-gguf convert` from end to end on a tiny random model: what it writes and prints, kill and resume, refusals.
 
-python -m pytest tests/test_convert.py
+    python -m pytest tests/test_convert.py
 """
 
 import contextlib
@@ -18,9 +18,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 import dbf_gguf
-from dbf_gguf import cli, machine, pipeline
+from dbf_gguf import budget, cli, machine, pipeline
 from dbf_gguf.checkpoint import WorkFolder
 from dbf_gguf.cli.convert import parse_size, resolve_settings
 from dbf_gguf.errors import DBFError
@@ -307,6 +308,8 @@ def test_bad_models(kind, model, text, tmp_path, monkeypatch, capsys):
         (["--tune-tokens", "999999", "--calib", "FEW"], "too short to tune on"),
         (["--tune-minutes", "nan"], "must be finite"),
         (["--size", "1MiB"], "--bits and --size"),
+        (["--budget", "none.json"], "none.json cannot be read"),
+        (["--budget", "SHORT"], "is no budget"),
     ],
 )
 def test_bad_options(options, message, model, text, tmp_path, monkeypatch, capsys):
@@ -584,6 +587,76 @@ def test_the_smallest_size_that_is_named_can_be_had(model, text, tmp_path, monke
 )
 def test_sizes_are_read(text, size):
     assert parse_size(text) == size
+
+
+# --- budgets
+
+
+def test_adaptive_budget(model, text, tmp_path, monkeypatch, capsys, patched_tree):
+    """Measured, interrupted and gone on with; shown; used again at other bits without a measurement; refused."""
+    monkeypatch.chdir(tmp_path)
+    arguments = [model, "--calib", text, "--bits", "3", "--budget", "adaptive", "-o"]
+    printed = convert_here(monkeypatch, capsys, *arguments, "whole.gguf")
+    assert re.search(r"budget: \d\.\d\d to \d\.\d\d bits a linear, \d\.\d{3} over all", printed)
+    whole = WorkFolder.open(tmp_path / "whole-work")
+    ks = {name: whole.scales(name)["scale_m"].numel() for name in whole.linears()}
+    shapes = pipeline.linear_shapes(model)
+    stored = json.loads((whole.path / "budget.json").read_text())
+    assert ks == whole.manifest["budget"] == stored["k"]
+    curves = {name: tuple(map(tuple, curve)) for name, curve in stored["curves"].items()}
+    assert ks == budget.adaptive_budget(shapes, 3.0, curves)
+    assert ks != budget.uniform_budget(shapes, 3.0)
+
+    # interrupted while it measures
+    with monkeypatch.context() as patch:
+        write, calls = pipeline.sensitivity.write, []
+
+        def stop_at_fifth(*given, **more):
+            write(*given, **more)
+            calls.append(given)
+            if len(calls) == 5:
+                raise KeyboardInterrupt
+
+        patch.setattr(pipeline.sensitivity, "write", stop_at_fifth)
+        with pytest.raises(SystemExit):
+            convert_here(patch, capsys, *arguments, "killed.gguf")
+        assert "interrupted" in capsys.readouterr().err
+    part = json.loads((tmp_path / "killed-work" / "budget.json").read_text())["curves"]
+    assert len(part) == 5 and part.items() <= stored["curves"].items()
+    other = ["--calib", text, "--bits", "2.5", "--budget", tmp_path / "killed-work" / "budget.json", "-o", "no.gguf"]
+    assert "is not finished" in fails(monkeypatch, capsys, "convert", model, *other)
+    convert_here(monkeypatch, capsys, *arguments, "killed.gguf", "--resume")
+    with GGUFFile(tmp_path / "whole.gguf") as one, GGUFFile(tmp_path / "killed.gguf") as two:
+        assert all(bytes(one.raw(name)) == bytes(two.raw(name)) for name in one.tensors)
+    assert "budget: measured before" in convert_here(monkeypatch, capsys, *arguments, "whole.gguf", "--resume")
+
+    monkeypatch.setattr(sys, "argv", ["dbf-gguf", "inspect", "whole.gguf"])
+    cli.main()
+    shown = capsys.readouterr().out
+    each = [budget.bits_per_weight(shapes, {name: k}) for name, k in ks.items()]
+    assert f"({min(each):.3f} to {max(each):.3f}, budget adaptive)" in shown
+
+    # used again
+    def nothing_to_measure(*given, **more):
+        raise AssertionError("measured again")
+
+    monkeypatch.setattr(pipeline.sensitivity, "measure", nothing_to_measure)
+    shutil.copy(whole.path / "budget.json", "mine.json")
+    arguments = ["--calib", text, "--bits", "3.5", "--budget", "mine.json", "-o", "more.gguf"]
+    convert_here(monkeypatch, capsys, model, *arguments)
+    again = WorkFolder.open(tmp_path / "more-work").manifest["budget"]
+    assert again == budget.adaptive_budget(shapes, 3.5, curves)
+    with GGUFFile(tmp_path / "more.gguf") as file:
+        assert check_format(file) == []
+        assert json.loads(file.get("dbf.settings"))["budget"].startswith("mine.json ")
+
+    stranger = shutil.copytree(model, tmp_path / "stranger")
+    weights = load_file(stranger / "model.safetensors")
+    weights["model.norm.weight"] += 1
+    save_file(weights, stranger / "model.safetensors", {"format": "pt"})
+    arguments = ["convert", stranger, "--calib", text, "--bits", "3", "--budget", "mine.json", "-o", "x.gguf"]
+    assert "another model" in fails(monkeypatch, capsys, *arguments)
+    assert not (tmp_path / "x-work").exists()
 
 
 def test_help_names_every_option_in_a_group():
