@@ -22,13 +22,17 @@ import contextlib
 import copy
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import nn
 
-from .blocks import Activations, BlockModel, block_prefix, linears, replace
-from .checkpoint import WorkFolder
+from . import blocktune
+from .blocks import Activations, BlockModel, apply_norms, block_prefix, linears, replace
+from .checkpoint import WorkFolder, block_file
+from .factors import pack_signs
+from .model import DBFLinear
 from .threads import in_order, side_by_side
 
 CORRECTION_RIDGE = 1.0  # δ
@@ -50,7 +54,7 @@ class Streams:
 
     def __init__(self, model: BlockModel, windows: torch.Tensor, work: WorkFolder):
         shape = (*windows.shape, model.config.hidden_size)
-        self.model, self.count = model, len(windows)
+        self.model, (self.count, self.length) = model, windows.shape
         self.workers = model.workers(windows.shape[1], backward=False)
         self.dense, self.compressed = (Activations(*shape, model.dtype, work.path, MEMORY_BYTES) for _ in range(2))
         for number, window in enumerate(windows):
@@ -59,14 +63,13 @@ class Streams:
                 stream.write(slice(number, number + 1), hidden)
         model.release()
 
-    def advance(self, index: int, dense: nn.Module, compressed: nn.Module) -> None:
-        """Takes both streams through block `index`."""
+    def advance(self, index: int, stream: Activations, block: nn.Module) -> None:
+        """Takes one of the streams through block `index`."""
 
         @torch.no_grad()
         def one(number: int) -> None:
             place = slice(number, number + 1)
-            for stream, block in ((self.dense, dense), (self.compressed, compressed)):
-                stream.write(place, self.model.run(index, block, stream.read(place)))
+            stream.write(place, self.model.run(index, block, stream.read(place)))
 
         with side_by_side(self.workers) as pool:
             list(pool.map(one, range(self.count)))
@@ -96,7 +99,7 @@ class Streams:
         tokens = 0
         with _tapped((dense, compressed), taps, local), side_by_side(self.workers) as pool:
             for (x, r), (x_hat, r_hat) in in_order(pool, one, range(self.count), 2 * self.workers):
-                weight = _capped(x_hat)
+                weight = self.token_weights(x_hat)
                 weighted = (x_hat * weight).T
                 tokens += len(x)
                 sums[0] = sums[0] + (weighted @ x_hat).float()
@@ -105,6 +108,15 @@ class Streams:
                     difference = ((r - r_hat).T @ weighted.T).float()
                     sums[2] = difference if sums[2] is None else sums[2] + difference
         return [None if value is None else value / tokens for value in sums]
+
+    @staticmethod
+    def token_weights(x: torch.Tensor) -> torch.Tensor:
+        """Weights [tokens, 1] by which no token counts for more than TOKEN_CAP times the median one of x [tokens, n].
+
+        The first token and a few others are a thousand times as large as the rest in some layers.
+        """
+        energy = x.float().square().sum(dim=1, keepdim=True)
+        return (TOKEN_CAP * energy.median() / energy.clamp_min(1e-20)).clamp_max(1).to(x.dtype)
 
 
 def corrected(weight: torch.Tensor, h: torch.Tensor, c: torch.Tensor, r: torch.Tensor | None) -> torch.Tensor:
@@ -140,21 +152,35 @@ def groups(model: BlockModel, index: int, block: nn.Module, hidden: torch.Tensor
     return [names for _, names in order]
 
 
+@dataclass(frozen=True)
+class Tuning:
+    """How each block is tuned once its linears are compressed, see `blocktune`."""
+
+    lr: float
+    sign_lr: float | None  # None: the signs stay
+    seed: int
+
+
 def compress(
     model: BlockModel,
     windows: torch.Tensor,
     work: WorkFolder,
     factorize: Callable[[dict[str, torch.Tensor], torch.Tensor], None],
+    tuning: Tuning | None = None,
+    report: Callable[[int, float, float], None] = lambda index, before, after: None,
 ) -> None:
     """Compresses every linear of every block, in their order, over `windows` [count, length].
 
     factorize  gets {name: W* [n_out, n_in]} of a group and H [n_in, n_in]; it puts every linear into the work folder
+    tuning     None for none
+    report     gets a block's number and the relative error of its output before and after tuning
     """
     streams = Streams(model, windows, work)
     for index in range(len(model)):
         dense = model.block(index)
         compressed = copy.deepcopy(dense)
-        for group in groups(model, index, dense, streams.dense.read(slice(0, 1))):
+        order = groups(model, index, dense, streams.dense.read(slice(0, 1)))
+        for group in order:
             if any(name not in work.manifest["linears"] for name in group):
                 h, c, r = streams.moments(index, dense, compressed, group)
                 weights = linears(index, dense)
@@ -162,14 +188,31 @@ def compress(
                 factorize({name: corrected(weights[name].weight, h, c, r) for name in group}, h)
             for name in group:
                 replace(index, compressed, name, work.factors(name), model.dtype)
-        if index + 1 < len(model):
-            streams.advance(index, dense, compressed)
+        if index + 1 == len(model) and tuning is None:
+            return
+        streams.advance(index, streams.dense, dense)
+        if tuning is not None:
+            if not work.has(block_file(index)):
+                last = work.read_tensors("importance.safetensors")[f"{order[-1][-1]}.output"]
+                with side_by_side(model.workers(windows.shape[1], backward=True)) as pool:
+                    options = {"lr": tuning.lr, "sign_lr": tuning.sign_lr, "seed": tuning.seed}
+                    values, before, after = blocktune.tune(model, index, compressed, streams, last, pool, **options)
+                _store(work, index, compressed, values, tuning.sign_lr is not None)
+                report(index, before, after)
+            apply_norms(compressed, block_prefix(index), work.final_norms())  # of a run before this one
+        streams.advance(index, streams.compressed, compressed)
 
 
-def _capped(x: torch.Tensor) -> torch.Tensor:
-    """Weights [tokens, 1] by which no token has more than TOKEN_CAP times the median energy of x [tokens, n]."""
-    energy = x.float().square().sum(dim=1, keepdim=True)
-    return (TOKEN_CAP * energy.median() / energy.clamp_min(1e-20)).clamp_max(1).to(x.dtype)
+def _store(work: WorkFolder, index: int, block: nn.Module, values: dict[str, torch.Tensor], signs: bool) -> None:
+    prefix = block_prefix(index)
+    tensors = {prefix + name: value for name, value in values.items()}
+    if signs:
+        for name, module in block.named_modules():
+            if isinstance(module, DBFLinear):
+                for matrix in ("signs_a", "signs_b"):
+                    packed = pack_signs(getattr(module, matrix).to(torch.int8).cpu())
+                    tensors[f"{prefix}{name}.{matrix}"] = torch.from_numpy(packed)
+    work.write_tensors(block_file(index), tensors)
 
 
 @contextlib.contextmanager

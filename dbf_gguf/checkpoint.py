@@ -5,10 +5,12 @@
     importance.safetensors       <linear>.input [n_in], <linear>.output [n_out]: RMS of activations and output gradients
     linears/<linear>.safetensors one factorized linear: signs_a, signs_b (packed, uint8), scale_{a,m,b} (float32)
     tuning.safetensors           the last tuning snapshot (parameters, optimizer, best state)
+    blocks/<n>.safetensors       a block tuned by itself: <linear>.scale_{a,m,b}, norms (float32), perhaps signs
     final.safetensors            what is exported: <linear>.scale_{a,m,b} (float16) and the tuned norms (float32)
 
 `<linear>` is the Hugging Face module name ("model.layers.3.mlp.up_proj"). A file is written beside its target, flushed
-to the disk and renamed. A linear counts as finished once the manifest names it, the other files once they exist.
+to the disk and renamed. A linear counts as finished once the manifest names it, the other files once they exist. What is
+read of a linear comes from the last of the files that has it: final, its block's, its own.
 """
 
 import contextlib
@@ -28,6 +30,12 @@ from .factors import Factors, pack_signs, unpack_signs
 
 FORMAT = 1
 SCALES = ("scale_a", "scale_m", "scale_b")
+SIGNS = ("signs_a", "signs_b")
+
+
+def block_file(index: int | str) -> str:
+    """Where the work folder keeps a block that was tuned by itself."""
+    return f"blocks/{index}.safetensors"
 
 
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
@@ -166,16 +174,24 @@ class WorkFolder:
 
     def packed_signs(self, name: str) -> tuple[np.ndarray, np.ndarray]:
         """(A, B) packed: uint8 `[n_out, k / 8]` and `[k, n_in / 8]`, the bytes of the GGUF tensors."""
-        with safe_open(str(self.path / self._linear_file(name)), "np") as f:
-            return f.get_tensor("signs_a"), f.get_tensor("signs_b")
+        found = self._newest(name, SIGNS)
+        return found["signs_a"].numpy(), found["signs_b"].numpy()
 
     def scales(self, name: str) -> dict[str, torch.Tensor]:
-        """scale_a, scale_m, scale_b: the final ones (float16) when they exist, else as factorized (float32)."""
-        if self.has("final.safetensors"):
-            with safe_open(str(self.path / "final.safetensors"), "pt") as f:
-                return {scale: f.get_tensor(f"{name}.{scale}") for scale in SCALES}
-        with safe_open(str(self.path / self._linear_file(name)), "pt") as f:
-            return {scale: f.get_tensor(scale) for scale in SCALES}
+        """scale_a, scale_m, scale_b: the final ones (float16) when they exist, else those so far (float32)."""
+        return self._newest(name, SCALES)
+
+    def _newest(self, name: str, parts: tuple[str, ...]) -> dict[str, torch.Tensor]:
+        for file, prefix in (
+            ("final.safetensors", f"{name}."),
+            (block_file(int(name.split(".")[2])), f"{name}."),
+            (self._linear_file(name), ""),
+        ):
+            if self.has(file):
+                with safe_open(str(self.path / file), "pt") as f:
+                    if prefix + parts[0] in f.keys():  # noqa: SIM118, it is no mapping
+                        return {part: f.get_tensor(prefix + part) for part in parts}
+        raise DBFError(f"{self.path} has no factors of {name}: it is damaged, start anew with another --work")
 
     def factors(self, name: str) -> Factors:
         """One linear, decoded."""
@@ -183,8 +199,10 @@ class WorkFolder:
         return Factors(unpack_signs(signs_a), unpack_signs(signs_b), **self.scales(name))
 
     def final_norms(self) -> dict[str, torch.Tensor]:
-        """Tuned norm weights by parameter name ("model.norm.weight"), float32; empty when none were tuned."""
-        if not self.has("final.safetensors"):
-            return {}
-        with safe_open(str(self.path / "final.safetensors"), "pt") as f:
-            return {key: f.get_tensor(key) for key in f.keys() if not key.endswith(SCALES)}  # noqa: SIM118
+        """Tuned norm weights so far, by parameter name ("model.norm.weight"), float32; empty when none were tuned."""
+        files = ["final.safetensors"] if self.has("final.safetensors") else []
+        norms = {}
+        for path in [self.path / file for file in files] or sorted(self.path.glob(block_file("*"))):
+            with safe_open(str(path), "pt") as f:
+                norms |= {key: f.get_tensor(key) for key in f.keys() if not key.endswith(SCALES + SIGNS)}  # noqa: SIM118
+        return norms

@@ -28,7 +28,7 @@ from safetensors import safe_open
 from . import blockwise, calibration, distill, importance, sensitivity
 from .blocks import BlockModel
 from .budget import MAX_BITS, MIN_BITS, adaptive_budget, bits_for_size, bits_per_weight, linear_bits, uniform_budget
-from .checkpoint import WorkFolder, read_tensors
+from .checkpoint import WorkFolder, block_file, read_tensors
 from .errors import DBFError
 from .evaluate import dense_and_compressed
 from .factorize import factorize, product_dtype
@@ -63,8 +63,10 @@ class Settings:
     calib_sequences: int
     seq_len: int
     iterations: int
-    blocks: str  # "none": every linear by itself; "fit": block by block, see `blockwise`
+    blocks: str  # "none": every linear by itself; "fit", "scales", "signs": block by block, and what is tuned then
     block_tokens: int | None
+    block_lr: float | None
+    block_sign_lr: float | None
     tune: str  # "none" or "scales"
     tune_tokens: int | None
     tune_minutes: float | None
@@ -273,7 +275,8 @@ class Job:
         self.claimed = {"bits": s.bits, "iterations": s.iterations, "seed": s.seed, "device": s.device}
         self.claimed |= {"threads": s.threads}  # sums are split by them, so the last bits depend on their number
         self.claimed |= {"calib": self.calib, "calib_sequences": s.calib_sequences, "seq_len": s.seq_len}
-        self.claimed |= {"blocks": s.blocks, "block_tokens": s.block_tokens, "tune": s.tune}
+        self.claimed |= {"blocks": s.blocks, "block_tokens": s.block_tokens}
+        self.claimed |= {"block_lr": s.block_lr, "block_sign_lr": s.block_sign_lr, "tune": s.tune}
         if s.tune == "scales":
             self.claimed |= {"tune_tokens": s.tune_tokens, "tune_minutes": s.tune_minutes}
             self.claimed |= {"tune_seq_len": s.tune_seq_len, "tune_lr": s.tune_lr}
@@ -369,7 +372,7 @@ class Job:
         done = len(work.linears())
         if done:
             self.screen.line(f"factorization: {done} of {total} linears done before")
-        if done == total:
+        if done == total and self._blocks_done():
             return
         tensors = work.read_tensors("importance.safetensors")
         with self.screen.progress("factorization", total, done) as update:
@@ -382,7 +385,20 @@ class Job:
                 workers = min(self._workers(), len(weights))
                 self._factorize_units(self.units(weights), weights.get, tensors, moment, workers, update)
 
-            blockwise.compress(self.block_model(), self.windows["blocks"].long(), work, group)
+            s, tuning = self.settings, None
+            if s.blocks in ("scales", "signs"):
+                sign_lr = s.block_sign_lr if s.blocks == "signs" else None
+                tuning = blockwise.Tuning(s.block_lr, sign_lr, s.seed)
+            report = self._report_block
+            blockwise.compress(self.block_model(), self.windows["blocks"].long(), work, group, tuning, report)
+
+    def _blocks_done(self) -> bool:
+        if self.settings.blocks in ("none", "fit"):
+            return True
+        return all(self.work.has(block_file(name.split(".")[2])) for name in self.budget)
+
+    def _report_block(self, index: int, before: float, after: float) -> None:
+        self.screen.line(f"blk.{index:<14} tuned, relative error of what it adds {before:.4f} -> {after:.4f}")
 
     def _factorize_units(self, units: list, weight: Callable, tensors: dict, moment, workers: int, update) -> None:
         work = self.work
@@ -442,6 +458,7 @@ class Job:
         if s.tune == "none":
             scales = {name: work.scales(name) for name in work.linears()}
             flat = {f"{name}.{scale}": value.half() for name, s in scales.items() for scale, value in s.items()}
+            flat |= work.final_norms()
             work.write_tensors("final.safetensors", flat)
             return
         begin = time.monotonic()

@@ -13,7 +13,8 @@ from ..errors import DBFError
 GROUPS = {
     "Basic": ("bits", "size", "output", "work", "resume"),
     "Calibration": ("calib", "calib_sequences", "seq_len"),
-    "Compression and tuning": ("blocks", "block_tokens", "tune", "tune_tokens", "tune_minutes"),
+    "Block by block": ("blocks", "block_tokens", "block_lr", "block_sign_lr"),
+    "Tuning of the whole": ("tune", "tune_tokens", "tune_minutes"),
     "File": ("embedding_type", "output_type"),
     "Resources": ("threads", "device"),
     "Advanced": ("budget", "iterations", "seed", "eval_windows"),
@@ -57,10 +58,13 @@ Example:
 @click.option("--seq-len", type=click.IntRange(16), help="Tokens in each of them.")
 @click.option(
     "--blocks",
-    type=click.Choice(["none", "fit"]),
-    help="Compress block by block, each fitted to what those before it give, or every linear by itself.",
+    type=click.Choice(["none", "fit", "scales", "signs"]),
+    help="Compress every linear by itself (none), or block by block: each fitted to what those before it give (fit), "
+    "then its scales tuned (scales), or these and its signs (signs).",
 )
 @click.option("--block-tokens", type=click.IntRange(1), help="Tokens that go through the blocks for it.")
+@click.option("--block-lr", type=click.FloatRange(0, min_open=True), help="Rate for scales, relative to their RMS.")
+@click.option("--block-sign-lr", type=click.FloatRange(0, min_open=True), help="Rate for latent signs.")
 @click.option("--tune", type=click.Choice(["none", "scales"]), help="Distillation into scales and norms, or none.")
 @click.option("--tune-tokens", type=click.IntRange(1), help="Tokens to tune on.")
 @click.option(
@@ -189,6 +193,8 @@ def resolve_settings(source, device: str, options: dict):
         iterations=chosen("iterations", recipe.iterations or OUTER_ITERATIONS),
         blocks=blocks,
         block_tokens=None if blocks == "none" else chosen("block_tokens", 49_152),
+        block_lr=chosen("block_lr", 2e-3) if blocks in ("scales", "signs") else None,
+        block_sign_lr=chosen("block_sign_lr", 0.03) if blocks == "signs" else None,
         tune=tune,
         tune_tokens=tokens if tune == "scales" else None,
         tune_minutes=minutes if tune == "scales" else None,
