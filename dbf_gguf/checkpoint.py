@@ -9,8 +9,8 @@
     final.safetensors            what is exported: <linear>.scale_{a,m,b} (float16) and the tuned norms (float32)
 
 `<linear>` is the Hugging Face module name ("model.layers.3.mlp.up_proj"). A file is written beside its target, flushed
-to the disk and renamed. A linear counts as finished once the manifest names it, the other files once they exist. What is
-read of a linear comes from the last of the files that has it: final, its block's, its own.
+to the disk and renamed. A linear counts as finished once the manifest names it, the other files once they exist.
+What is read of a linear comes from the last of the files that has it: final, its block's, its own.
 """
 
 import contextlib
