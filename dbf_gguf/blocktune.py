@@ -67,10 +67,9 @@ def tune(
             squares = ((output - wanted)[0].float() * weight).square() * tokens
             return squares.sum(), ((wanted - hidden)[0].float() * weight).square().mul(tokens).sum()
 
-    def gradient(number: int) -> list[torch.Tensor]:
+    def gradient(number: int) -> tuple[torch.Tensor, list[torch.Tensor]]:
         loss, size = error(number, grad=True)
-        wanted = [*parameters.parameters.values(), *(signs.signs if signs else ())]
-        return list(torch.autograd.grad(loss / size.detach(), wanted))
+        return parameters.gradient(loss / size.detach(), others=signs.signs if signs else ())
 
     def evaluate() -> float:
         errors, sizes = zip(*pool.map(error, held_out.tolist()), strict=True)
@@ -84,19 +83,18 @@ def tune(
     per_epoch = max(1, len(training) // batch)
     steps = EPOCHS * per_epoch
     every = max(1, steps // EVALUATIONS)
-    n = len(parameters.parameters)
     for step in range(steps):
         epoch, place = divmod(step, per_epoch)
         order = torch.randperm(len(training), generator=torch.Generator().manual_seed(seed + epoch))
         chosen = training[order[place * batch : (place + 1) * batch]].tolist()
         parts = list(pool.map(gradient, chosen))  # added in their order: the same result whichever is ready first
-        sums = [sum(values) / len(chosen) for values in zip(*parts, strict=True)]
-        delta.grad = torch.cat([g.float().flatten() for g in sums[:n]]) * parameters.rms
+        delta.grad = sum(part for part, _ in parts) / len(chosen)
         adam.param_groups[0]["lr"] = learning_rate(step, steps, lr)
         adam.step()
         parameters.set(delta.detach())
         if signs:
-            signs.step(sums[n:], learning_rate(step, steps, sign_lr))
+            each = zip(*(part for _, part in parts), strict=True)
+            signs.step((sum(values) for values in each), learning_rate(step, steps, sign_lr))
         if (step + 1) % every == 0 or step + 1 == steps:
             now = evaluate()
             if math.isfinite(now) and now < best:
@@ -110,6 +108,4 @@ def tune(
                 matrix.copy_(values)
     for parameter in parameters.parameters.values():
         parameter.requires_grad_(False)
-    values = (parameters.start + parameters.rms * theta).split(parameters.sizes)
-    named = zip(parameters.parameters.items(), values, strict=True)
-    return {name: value.view_as(parameter).clone() for (name, parameter), value in named}, before, best
+    return parameters.values(theta), before, best

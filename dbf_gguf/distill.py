@@ -2,8 +2,9 @@
 
     minimize  mean over tokens of KL(dense ‖ compressed)      over a, m, b of every linear and all norm weights
 
-The signs stay. This is the end-to-end stage of the paper (section 3.4): without it a 2-bit model
-is of little use, since each linear was only fitted to its own weights.
+This is the end-to-end stage of the paper (section 3.4): without it a 2-bit model is of little use, since no linear was
+fitted to what the others make of its errors. With `sign_lr` the signs of a few linears at a time are trained along
+(the paper's PV-tuning; `signs` tells how): for every EVALUATE_EVERY steps each is chosen with probability SIGN_CHANCE.
 
 How the scales and norms are trained as one vector is in `trainables`.
 
@@ -15,7 +16,8 @@ What makes it fit for a long night:
   every evaluation and every ten minutes. A resumed run repeats the steps since then exactly.
 - On a CPU the windows of a step run side by side, a share of the threads each; their gradients are added in a fixed
   order, so that the result depends on the number of threads alone.
-- The state with the lowest KL on windows that are never trained on is what is returned.
+- The state with the lowest KL on windows that are never trained on is what is returned, and once that has not fallen
+  for PATIENCE evaluations it is over.
 """
 
 import math
@@ -27,10 +29,12 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from .checkpoint import WorkFolder
+from .checkpoint import SIGNS, WorkFolder
 from .errors import DBFError
+from .factors import pack_signs, unpack_signs
 from .loss import kl_divergence
 from .model import DBFLinear, checkpointing
+from .signs import SignTraining
 from .threads import side_by_side
 from .trainables import BETAS, Trainables, learning_rate
 
@@ -38,7 +42,9 @@ STEP_TOKENS = 512  # fewer, larger steps learn less from the same text
 HELD_OUT_TOKENS = 2048
 TIMED = range(3, 9)  # steps whose time turns minutes into tokens; the first ones include one-time costs
 EVALUATE_EVERY = 40  # steps
-SNAPSHOT_SECONDS = 600  # at most this much and one step are lost
+PATIENCE = 8  # evaluations without a new lowest held-out KL
+SIGN_CHANCE = 0.1  # that the signs of a linear are trained during the steps up to the next evaluation
+SNAPSHOT_SECONDS = 600  # at most this much and one step are lost, or the steps since an evaluation if signs are trained
 SNAPSHOT = "tuning.safetensors"
 CHECKPOINT_ABOVE = 4 << 30  # bytes of activations for the backward pass, from which on they are recomputed instead
 
@@ -61,6 +67,7 @@ def distill(
     work: WorkFolder,
     *,
     lr: float,
+    sign_lr: float | None = None,
     seed: int,
     tokens: int | None = None,
     minutes: float | None = None,
@@ -70,15 +77,17 @@ def distill(
 
     tokens, minutes  how long; the smaller bound counts, at least one is given
     lr               peak learning rate relative to each vector's RMS
+    sign_lr          that of the latent signs; None leaves all signs as they are
     work             where snapshots are kept and, once made, gone on from
 
-    Returns the best state by parameter name: scales float16, norms float32. Raises DBFError when the text is too short
+    Returns the best state by parameter name: scales float16, norms float32, and the signs that were trained, packed as
+    uint8 ("<linear>.signs_a"). Raises DBFError when the text is too short
     to hold windows back, or when the loss is not finite from the start.
     """
     held_out, training, batch = split(windows)
     length = windows.shape[1]
     steps = None if tokens is None else max(1, math.ceil(tokens / (batch * length)))
-    run = _Run(student, teacher, work, batch, seed)
+    run = _Run(student, teacher, work, batch, seed, sign_lr is not None)
     run.restore()
     untimed = steps  # all that the first steps can know, in a resumed run as well
     if "tuning" in work.manifest:  # the minutes were turned into steps before
@@ -91,9 +100,10 @@ def distill(
             run.evaluate(held_out)
             report(Progress(0, steps, run.best, run.best, run.best))
         saved = time.monotonic()
-        while steps is None or run.step < steps:
+        while (steps is None or run.step < steps) and run.stale < PATIENCE:
             begin = time.monotonic()
-            kl = run.train(training, learning_rate(run.step, untimed if run.step <= max(TIMED) else steps, lr))
+            known = untimed if run.step <= max(TIMED) else steps
+            kl = run.train(training, learning_rate(run.step, known, lr), learning_rate(run.step, known, sign_lr or 0.0))
             if minutes is not None and run.step - 1 in TIMED:
                 timed.append(time.monotonic() - begin)
                 if run.step - 1 == max(TIMED):
@@ -104,11 +114,11 @@ def distill(
             value = None
             if run.step % EVALUATE_EVERY == 0 or run.step == steps:
                 value = run.evaluate(held_out)
-            if value is not None or time.monotonic() - saved > SNAPSHOT_SECONDS:
+            if value is not None or (sign_lr is None and time.monotonic() - saved > SNAPSHOT_SECONDS):
                 run.snapshot()
                 saved = time.monotonic()
             report(Progress(run.step, steps, kl, value, run.best))
-    return run.parameters.tensors(run.best_delta)
+    return run.parameters.tensors(run.best_delta) | run.best_signs
 
 
 def split(windows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, int]:
@@ -131,7 +141,7 @@ def split(windows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, int]:
 class _Run:
     """The state of one distillation: what a snapshot holds, and the two things that are done with it."""
 
-    def __init__(self, student, teacher, work: WorkFolder, batch: int, seed: int):
+    def __init__(self, student, teacher, work: WorkFolder, batch: int, seed: int, train_signs: bool):
         self.student, self.teacher, self.work, self.batch, self.seed = student, teacher, work, batch, seed
         self.parameters = Trainables(student)
         self.delta = nn.Parameter(torch.zeros_like(self.parameters.start))
@@ -139,36 +149,54 @@ class _Run:
         self.head = teacher.get_output_embeddings().weight.detach()
         self.workers = min(batch, torch.get_num_threads()) if self.head.device.type == "cpu" else 1
         self.pool: ThreadPoolExecutor  # of so many threads, for the windows of a batch
+        linears = {name: module for name, module in student.named_modules() if isinstance(module, DBFLinear)}
+        self.linears = linears if train_signs else {}
+        self.chosen: SignTraining | None = None
+        self.touched: set[str] = set()  # linears whose signs have been trained
         self.step = 0
+        self.stale = 0  # evaluations since the best
         self.best = math.inf
         self.best_delta = self.delta.detach().clone()
+        self.best_signs: dict[str, torch.Tensor] = {}
 
     def hidden(self, model, ids: torch.Tensor) -> torch.Tensor:
         """Output of the model's body, [tokens, d]."""
         return model.model(ids.to(self.head.device), use_cache=False).last_hidden_state.flatten(0, 1)
 
-    def train(self, windows: torch.Tensor, rate: float) -> float:
+    def train(self, windows: torch.Tensor, rate: float, sign_rate: float) -> float:
         """One step; returns the KL per token of its batch."""
+        if self.linears and self.step % EVALUATE_EVERY == 0:
+            self._choose_linears()
         ids = windows[self._choice(len(windows))]
         # a fixed number of pieces, summed in their order: the same result whichever is ready first
         parts = list(self.pool.map(lambda part: self._gradient(part, ids.numel()), ids.chunk(self.workers)))
-        kl = sum(part for part, _ in parts) / ids.numel()
+        kl = sum(part for part, _, _ in parts) / ids.numel()
         self.step += 1
         if not math.isfinite(kl):
             raise DBFError(f"the tuning loss is not finite at step {self.step}: try --tune none, or more bits")
-        self.delta.grad = sum(gradient for _, gradient in parts)
+        self.delta.grad = sum(gradient for _, gradient, _ in parts)
         self.adam.param_groups[0]["lr"] = rate
         self.adam.step()
         self.parameters.set(self.delta.detach())
+        if self.chosen is not None:
+            self.chosen.step((sum(each) for each in zip(*(signs for _, _, signs in parts), strict=True)), sign_rate)
         return kl
 
-    def _gradient(self, ids: torch.Tensor, tokens: int) -> tuple[float, torch.Tensor]:
-        """Sum of the KL over these windows, and the gradient of its `tokens`-th part."""
+    def _choose_linears(self) -> None:
+        generator = torch.Generator().manual_seed(self.seed + self.step)
+        draws = torch.rand(len(self.linears), generator=generator)
+        names = [name for name, draw in zip(self.linears, draws.tolist(), strict=True) if draw < SIGN_CHANCE]
+        self.touched.update(names)
+        self.chosen = SignTraining(self.linears[name] for name in names)
+
+    def _gradient(self, ids: torch.Tensor, tokens: int) -> tuple[float, torch.Tensor, list[torch.Tensor]]:
+        """Sum of the KL over these windows, and the gradients of its `tokens`-th part for δ and the chosen signs."""
         with torch.no_grad():
             target = self.hidden(self.teacher, ids)
         hidden = self.hidden(self.student, ids)
         kl, gradient = kl_divergence(hidden.detach().to(self.head.dtype), target, self.head)
-        return kl, self.parameters.gradient(hidden, (gradient / tokens).to(hidden.dtype))
+        signs = self.chosen.signs if self.chosen else []
+        return kl, *self.parameters.gradient(hidden, (gradient / tokens).to(hidden.dtype), signs)
 
     @torch.no_grad()
     def _kl(self, ids: torch.Tensor) -> float:
@@ -183,17 +211,32 @@ class _Run:
         return order[place * self.batch : (place + 1) * self.batch]
 
     def evaluate(self, windows: torch.Tensor) -> float:
-        """KL per token on `windows`; keeps the state when it is the best so far."""
+        """KL per token on `windows`; keeps the state when it is the best so far. Ends the training of signs."""
+        if self.chosen is not None:
+            self.chosen.close()
+            self.chosen = None
         kl = sum(self.pool.map(self._kl, windows.split(math.ceil(self.batch / self.workers)))) / windows.numel()
+        self.stale += 1
         if kl < self.best:
-            self.best = kl
+            self.best, self.stale = kl, 0
             self.best_delta = self.delta.detach().clone()
+            self.best_signs = self._signs()
         return kl
+
+    def _signs(self) -> dict[str, torch.Tensor]:
+        """The signs that have been trained, packed."""
+        return {
+            f"{name}.{matrix}": torch.from_numpy(pack_signs(getattr(self.linears[name], matrix).detach()))
+            for name in sorted(self.touched)
+            for matrix in SIGNS
+        }
 
     def snapshot(self) -> None:
         state = self.adam.state[self.delta]
         tensors = {"delta": self.delta, "best": self.best_delta, "m": state["exp_avg"], "v": state["exp_avg_sq"]}
-        self.work.write_tensors(SNAPSHOT, tensors, {"step": self.step, "best": self.best})
+        tensors |= {f"now.{name}": value for name, value in self._signs().items()}
+        tensors |= {f"best.{name}": value for name, value in self.best_signs.items()}
+        self.work.write_tensors(SNAPSHOT, tensors, {"step": self.step, "best": self.best, "stale": self.stale})
 
     def restore(self) -> None:
         """Goes back to the last snapshot, if there is one."""
@@ -203,6 +246,12 @@ class _Run:
         tensors = {name: value.to(device) for name, value in self.work.read_tensors(SNAPSHOT).items()}
         metadata = self.work.read_metadata(SNAPSHOT)
         self.step, self.best, self.best_delta = metadata["step"], metadata["best"], tensors["best"]
+        self.stale = metadata["stale"]
+        self.best_signs = {n.removeprefix("best."): v.cpu() for n, v in tensors.items() if n.startswith("best.")}
+        for name in [n.removeprefix("now.") for n in tensors if n.startswith("now.")]:
+            linear, _, matrix = name.rpartition(".")
+            self.touched.add(linear)
+            getattr(self.linears[linear], matrix).copy_(unpack_signs(tensors[f"now.{name}"].cpu().numpy()))
         with torch.no_grad():
             self.delta.copy_(tensors["delta"])
         self.adam.state[self.delta] = {

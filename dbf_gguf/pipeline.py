@@ -67,11 +67,12 @@ class Settings:
     block_tokens: int | None
     block_lr: float | None
     block_sign_lr: float | None
-    tune: str  # "none" or "scales"
+    tune: str  # "none", "scales" or "signs"
     tune_tokens: int | None
     tune_minutes: float | None
     tune_seq_len: int
     tune_lr: float
+    tune_sign_lr: float | None
     embedding_type: str
     output_type: str
     seed: int
@@ -252,7 +253,7 @@ class Job:
         """int32 `calibration` and `blocks` [count, seq_len], `tuning` [count, tune_seq_len]; what is used of them."""
         s = self.settings
         tokens = 0
-        if s.tune == "scales":
+        if s.tune != "none":
             tokens = distill.HELD_OUT_TOKENS + (MINUTES_POOL if s.tune_tokens is None else s.tune_tokens)
         needed = max(s.calib_sequences * s.seq_len, s.block_tokens or 0, tokens)
         text = calibration.read_text(s.calib, CHARACTERS_PER_TOKEN * needed)
@@ -277,9 +278,10 @@ class Job:
         self.claimed |= {"calib": self.calib, "calib_sequences": s.calib_sequences, "seq_len": s.seq_len}
         self.claimed |= {"blocks": s.blocks, "block_tokens": s.block_tokens}
         self.claimed |= {"block_lr": s.block_lr, "block_sign_lr": s.block_sign_lr, "tune": s.tune}
-        if s.tune == "scales":
+        if s.tune != "none":
             self.claimed |= {"tune_tokens": s.tune_tokens, "tune_minutes": s.tune_minutes}
             self.claimed |= {"tune_seq_len": s.tune_seq_len, "tune_lr": s.tune_lr}
+            self.claimed |= {"tune_sign_lr": s.tune_sign_lr}
         if s.budget != "uniform":
             self.claimed |= {"budget": self.recorded_budget}
         work.claim("convert", self.claimed | {"model": self.source.origin, "weights": self.weights})
@@ -482,6 +484,7 @@ class Job:
                 self.windows["tuning"].long(),
                 work,
                 lr=s.tune_lr,
+                sign_lr=s.tune_sign_lr,
                 seed=s.seed,
                 tokens=s.tune_tokens,
                 minutes=s.tune_minutes,

@@ -8,6 +8,7 @@
     embedding_type = "q6_k"             # GGUF types of embedding and output head
     output_type = "q6_k"
     iterations = 60                     # outer iterations of the factorization, when not the usual number
+    block_tokens = 131_072              # tokens that go through the blocks while these are compressed
     groups = [["k_proj", "v_proj"], …]  # linears of equal shape, for budgets that differ (not used yet)
 
     [model]                             # either hub = "owner/name", or a GGUF file in a PyPI wheel:
@@ -22,6 +23,9 @@
     seq_len = 256
 
 A key that is not in this list, or a value of another type, is an error that names file and key.
+
+The amounts are those of `--effort normal`. EFFORTS says what the other efforts multiply them by, and which stages each
+has. What none of them does is only there as an option.
 """
 
 import sys
@@ -54,6 +58,7 @@ class Recipe:
     output_type: str
     bits: float = 2.0
     iterations: int | None = None
+    block_tokens: int = 131_072
     tune: dict = field(default_factory=dict)
     groups: list = field(default_factory=list)  # of lists of str
 
@@ -73,10 +78,29 @@ _KEYS = {
     "output_type": str,
     "bits": float,
     "iterations": int,
+    "block_tokens": int,
     "tune": dict,
     "groups": list,
 }
-_OPTIONAL = ("bits", "iterations", "tune", "groups")
+_OPTIONAL = ("bits", "iterations", "block_tokens", "tune", "groups")
+
+
+@dataclass(frozen=True)
+class Effort:
+    """What `--effort` stands for: stages, and amounts as multiples of the recipe's."""
+
+    blocks: str
+    budget: str
+    iterations: float
+    block_tokens: float
+    tune_tokens: float
+
+
+EFFORTS = {
+    "fast": Effort(blocks="fit", budget="uniform", iterations=0.5, block_tokens=0.5, tune_tokens=0.25),
+    "normal": Effort(blocks="fit", budget="uniform", iterations=1.0, block_tokens=1.0, tune_tokens=1.0),
+    "max": Effort(blocks="signs", budget="uniform", iterations=2.0, block_tokens=2.0, tune_tokens=2.0),
+}
 
 # A model without a recipe: modest needs, nothing that only some models can do
 DEFAULT = Recipe(
@@ -113,7 +137,7 @@ def _parse(path: Path) -> Recipe:
     model_keys = _HUB_KEYS if "hub" in data["model"] else _WHEEL_KEYS
     data["model"] = _checked(path.name, "model.", data["model"], model_keys, model_keys)
     data["tune"] = _checked(path.name, "tune.", data.get("tune", {}), _TUNE_KEYS, ())
-    for key in ("seq_len", "calib_sequences", "bits", "iterations"):
+    for key in ("seq_len", "calib_sequences", "bits", "iterations", "block_tokens"):
         if data.get(key, 1) <= 0:
             raise DBFError(f"recipe {path.name}: {key} is {data[key]}, must be above 0")
     for group in data.get("groups", []):

@@ -1,23 +1,26 @@
 """Training of signs: straight through, and only the surest change.
 
-A sign has no slope. So beside every sign s a latent value z is kept, +-1 at first; z is moved by Adam against the
-gradient for s (the straight-through estimate), and s follows once z has changed sides:
+A sign has no slope. So beside every sign s a latent value z is kept, ±1 at first; z is moved against the gradient for s
+(the straight-through estimate), and s follows once z has changed sides:
 
-    v ← β₂ v + (1 − β₂) g²        z ← z − η g / √v        s ← sign(z), for the largest |z| that differ in sign from s
+    v ← β v + (1 − β) mean g²        z ← z − η g / √v        s ← sign(z), for the largest |z| that differ in sign from s
+
+v is one number a matrix. The paper has Adam here, which gives every entry a v of its own: then those whose gradient is
+nothing but noise move as far as those that matter, and signs are turned at random (tests/test_blockwise.py has a case).
 
 However many differ, at most a share of all signs flips in a step (PV-tuning: few changes at a high rate instead of many
-at a low one), and none in the first steps, while v is still a guess.
-
-In memory are z and v in float32, 8 bytes a sign, so this is for the linears of one block, or a random few of a model.
+at a low one), and none in the first steps. z takes 4 bytes a sign, so this is for one block, or a few linears of a
+model.
 """
 
+import math
 from collections.abc import Iterable
 
 import torch
 
 from .model import DBFLinear
 
-BETA = 0.99  # β₂
+BETA = 0.95
 WARM_UP = 5  # steps without a flip
 SHARE = 1e-4  # of a matrix' signs that may flip in a step
 
@@ -27,8 +30,8 @@ class SignTraining:
 
     def __init__(self, linears: Iterable[DBFLinear]):
         self.signs = [matrix for linear in linears for matrix in (linear.signs_a, linear.signs_b)]
-        self.latent = [matrix.detach().float() for matrix in self.signs]
-        self.square = [torch.zeros_like(z) for z in self.latent]
+        self.latent = [matrix.detach().to(torch.float32, copy=True) for matrix in self.signs]
+        self.square = [0.0] * len(self.signs)  # v
         self.steps = 0
         for matrix in self.signs:
             matrix.requires_grad_(True)
@@ -37,11 +40,10 @@ class SignTraining:
     def step(self, gradients: Iterable[torch.Tensor], rate: float) -> None:
         """One step against the gradients, in the order of `signs`."""
         self.steps += 1
-        for s, z, v, g in zip(self.signs, self.latent, self.square, gradients, strict=True):
+        for number, (s, z, g) in enumerate(zip(self.signs, self.latent, gradients, strict=True)):
             g = g.float()
-            v.lerp_(g.square(), 1 - BETA)
-            size = v.div(1 - BETA**self.steps).sqrt_().clamp_min_(1e-30)
-            z.addcdiv_(g, size, value=-rate)
+            v = self.square[number] = BETA * self.square[number] + (1 - BETA) * g.square().mean().item()
+            z.add_(g, alpha=-rate / max(1e-30, math.sqrt(v / (1 - BETA**self.steps))))
             if self.steps > WARM_UP:
                 self._flip(s, z)
 

@@ -6,6 +6,7 @@ modules of lower precision get rounded copies after every step.
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import nn
@@ -42,18 +43,23 @@ class Trainables:
             for parameter, value in zip(self.parameters.values(), theta.split(self.sizes), strict=True):
                 parameter.copy_(value.view_as(parameter))
 
-    def gradient(self, output: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
-        """The gradient of Σ factor ⊙ output with respect to δ, float32 [n]; `output` is computed by the model."""
-        gradients = torch.autograd.grad(output, list(self.parameters.values()), factor)
-        return torch.cat([g.float().flatten() for g in gradients]) * self.rms
+    def gradient(self, output: torch.Tensor, factor: torch.Tensor | None = None, others: Sequence[torch.Tensor] = ()):
+        """The gradient of Σ factor ⊙ output, or of a scalar output, with respect to δ, float32 [n], and to `others`.
+
+        `output` is computed by the model.
+        """
+        gradients = torch.autograd.grad(output, [*self.parameters.values(), *others], factor)
+        own = gradients[: len(self.parameters)]
+        return torch.cat([g.float().flatten() for g in own]) * self.rms, list(gradients[len(own) :])
+
+    def values(self, delta: torch.Tensor) -> dict[str, torch.Tensor]:
+        """θ by name, float32."""
+        named = zip(self.parameters.items(), (self.start + self.rms * delta).split(self.sizes), strict=True)
+        return {name: value.view_as(parameter).clone() for (name, parameter), value in named}
 
     def tensors(self, delta: torch.Tensor) -> dict[str, torch.Tensor]:
         """θ by name as it is exported: scales in float16, norms in float32."""
-        theta = self.start + self.rms * delta
-        return {
-            name: value.view_as(parameter).to(torch.float16 if name.endswith(SCALES) else torch.float32)
-            for (name, parameter), value in zip(self.parameters.items(), theta.split(self.sizes), strict=True)
-        }
+        return {name: value.half() if name.endswith(SCALES) else value for name, value in self.values(delta).items()}
 
 
 def learning_rate(step: int, steps: int | None, peak: float) -> float:

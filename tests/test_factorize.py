@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dbf_gguf.factorize import RHO, RIDGE, _anneal, _refit, _Side, factorize
+from dbf_gguf.factorize import RHO, RIDGE, _anneal, _Metric, _refit, _Side, factorize
 from dbf_gguf.factors import Factors
 
 _SPEC = importlib.util.spec_from_file_location(
@@ -137,6 +137,69 @@ def test_refit_never_worsens():
         before = ((outer @ best_m - w.double().reshape(-1)).square().sum() / w.double().square().sum()).item()
         factors = Factors(signs_a.to(torch.int8), signs_b.to(torch.int8), *_refit(w, signs_a, signs_b, a, b))
         assert error(w, factors) <= before * (1 + 1e-4)
+
+
+# --- correlated inputs
+
+
+def correlated(n: int, tokens: int = 2000, seed: int = 5) -> torch.Tensor:
+    """Inputs [tokens, n] with a decaying spectrum, as activations have."""
+    g = torch.Generator().manual_seed(seed)
+    basis = torch.linalg.qr(torch.randn(n, n, generator=g))[0]
+    return torch.randn(tokens, n, generator=g) * torch.arange(1, n + 1).float().pow(-0.7) @ basis
+
+
+def test_a_moment_lowers_the_error_of_the_outputs():
+    w, x = weight(96, 128), correlated(128)
+    moment, new = x.T @ x / len(x), correlated(128, seed=6)
+
+    def output_error(f: Factors) -> float:
+        return ((new @ (w - f.dense()).T).square().sum() / (new @ w.T).square().sum()).item()
+
+    found, reported = factorize(w[None], 64, moment=moment[None], iterations=QUICK)
+    diagonal, _ = one(w, 64, importance_in=moment.diagonal().sqrt(), iterations=QUICK)
+    assert_sound(found[0], 96, 64, 128)
+    assert output_error(found[0]) < 0.8 * output_error(diagonal)
+    assert reported[0].item() == pytest.approx(output_error(found[0]), rel=0.35)  # it is damped, and of other inputs
+
+
+def test_an_uncorrelated_moment_changes_little():
+    w, i = weight(96, 128), torch.rand(128, generator=torch.Generator().manual_seed(1)) + 0.2
+    _, with_moment = factorize(w[None], 64, moment=i.square().diag()[None], iterations=QUICK)
+    _, plain = one(w, 64, importance_in=i, iterations=QUICK)
+    assert with_moment[0].item() == pytest.approx(plain, rel=0.05)
+
+
+def test_the_solver_of_the_half_step_converges():
+    """Many calls with the same system end at the solution of the Kronecker system, in float64."""
+    k, n, shift = 12, 9, 0.7
+    moment = correlated(n).T.cov()
+    factor = torch.nn.functional.normalize(torch.randn(k, 20, generator=torch.Generator().manual_seed(2)), dim=1)
+    gram, right = (factor @ factor.T)[None], torch.randn(1, k, n, generator=torch.Generator().manual_seed(3))
+    metric = _Metric(moment[None], torch.zeros(1, 4, n), k, torch.float32)
+    for _ in range(40):
+        metric.solve(gram, right, shift)
+    system = torch.kron(gram[0].double(), metric.values[0, 0].double().diag()) + shift * torch.eye(k * n)
+    wanted = torch.linalg.solve(system, right.double().flatten())
+    assert torch.allclose(metric.solution.flatten().double(), wanted, atol=1e-4)
+
+
+def test_refit_under_a_moment_is_the_optimum_in_turn():
+    """Nothing near each of the three is better, with the other two given, and b is the last that was fitted."""
+    w, moment = weight(48, 64), correlated(64).T.cov()
+    g = torch.Generator().manual_seed(3)
+    signs_a, signs_b = torch.randn(48, 40, generator=g).sign(), torch.randn(40, 64, generator=g).sign()
+    a, b = (torch.rand(n, generator=g) + 0.1 for n in (48, 64))
+
+    def loss(a, m, b) -> float:
+        e = w - (signs_a * a[:, None] * m) @ (signs_b * b)
+        return ((e @ moment) * e).sum().item()
+
+    found = _refit(w, signs_a, signs_b, a, b, moment)
+    best = loss(*found)
+    assert best < loss(a, found[1], b)
+    for _ in range(20):
+        assert loss(found[0], found[1], found[2] * (1 + 0.01 * torch.randn(64, generator=g))) >= best * (1 - 1e-4)
 
 
 # --- the same again

@@ -27,7 +27,7 @@ from dbf_gguf.distill import Trainables, distill, learning_rate
 from dbf_gguf.errors import DBFError
 from dbf_gguf.evaluate import dense_and_compressed, perplexity
 from dbf_gguf.factorize import factorize
-from dbf_gguf.factors import Factors
+from dbf_gguf.factors import Factors, unpack_signs
 from dbf_gguf.model import (
     DBFLinear,
     apply_work,
@@ -804,7 +804,7 @@ def test_gradient_with_respect_to_delta(pair):
     trained.set(delta)
     tokens = ids(2, 17)
     weight = torch.randn(2, 17, VOCABULARY, generator=torch.Generator().manual_seed(3))
-    found = trained.gradient(student(tokens, use_cache=False).logits, weight / weight.numel())
+    found, _ = trained.gradient(student(tokens, use_cache=False).logits, weight / weight.numel())
     assert all(p.grad is None for p in student.parameters())
     _, wanted = reference_gradient(new(), theta, delta, lambda run: (run(tokens).logits * weight).mean())
     for name, f, w in zip(names, found.split(sizes), wanted.split(sizes), strict=True):
@@ -998,6 +998,54 @@ def test_an_interrupted_run_ends_in_the_same_bits(kind, stop, tmp_path, monkeypa
     assert first == whole[: stop + 1] and second == whole[-len(second) :]
     assert_same(found, wanted)
     assert_same(cut.read_tensors("tuning.safetensors"), work.read_tensors("tuning.safetensors"))
+
+
+def test_trained_signs_are_kept_and_resumed(tmp_path, monkeypatch):
+    """With signs: a resumed run ends in the same bits, flips some signs, and the work folder gives them back."""
+    teacher, new = make_pair("llama-tied")
+    monkeypatch.setattr(distill_module, "EVALUATE_EVERY", 8)
+    monkeypatch.setattr(distill_module, "SIGN_CHANCE", 0.3)
+    options = {"lr": 0.02, "sign_lr": 0.5, "seed": 3, "tokens": 24 * STEP}
+    work, cut = (WorkFolder.create(tmp_path / name) for name in ("whole", "cut"))
+    wanted = distill(new(), teacher, WINDOWS, work, **options)
+    with pytest.raises(Interrupted):
+        distill(new(), teacher, WINDOWS, cut, report=interrupt_at(19, []), **options)
+    assert_same(distill(new(), teacher, WINDOWS, WorkFolder.open(cut.path), **options), wanted)
+    packed = {name: value for name, value in wanted.items() if value.dtype == torch.uint8}
+    linears = {name.rpartition(".")[0] for name in packed}
+    assert 0 < len(linears) < len(block_linears(teacher)) and len(packed) == 2 * len(linears)
+    student = new()
+    flips = [
+        (unpack_signs(value.numpy()) != student.get_buffer(name).to(torch.int8)).sum().item()
+        for name, value in packed.items()
+    ]
+    assert sum(flips) > 20
+    work.write_tensors("final.safetensors", wanted)
+    for name in linears:
+        a, b = work.packed_signs(name)
+        assert (a == packed[f"{name}.signs_a"].numpy()).all() and (b == packed[f"{name}.signs_b"].numpy()).all()
+
+
+def test_signs_lower_the_loss(llama, tmp_path, monkeypatch):
+    """Scales frozen (their rate is all but zero), signs of all linears trained: the held-out KL falls."""
+    teacher, new = llama
+    monkeypatch.setattr(distill_module, "SIGN_CHANCE", 1.0)
+    reports = []
+    options = {"lr": 1e-9, "sign_lr": 0.3, "seed": 3, "tokens": 40 * STEP, "report": reports.append}
+    distill(new(), teacher, WINDOWS, WorkFolder.create(tmp_path / "w"), **options)
+    assert reports[-1].best < 0.97 * reports[0].best
+
+
+def test_it_ends_when_nothing_is_gained_any_more(llama, work, monkeypatch):
+    teacher, new = llama
+    monkeypatch.setattr(distill_module, "EVALUATE_EVERY", 2)
+    monkeypatch.setattr(distill_module, "PATIENCE", 3)
+    monkeypatch.setattr(distill_module, "learning_rate", lambda step, steps, peak: peak if step < 4 else -5 * peak)
+    reports = []
+    distill(new(), teacher, WINDOWS, work, lr=0.02, seed=3, tokens=40 * STEP, report=reports.append)
+    values = {p.step: p.held_out for p in reports if p.held_out is not None}
+    best = min(values, key=values.get)
+    assert reports[-1].step == max(values) == best + 6
 
 
 def test_the_best_state_outlives_an_interruption(llama, work, monkeypatch):

@@ -11,10 +11,10 @@ import click
 from ..errors import DBFError
 
 GROUPS = {
-    "Basic": ("bits", "size", "output", "work", "resume"),
+    "Basic": ("bits", "size", "effort", "output", "work", "resume"),
     "Calibration": ("calib", "calib_sequences", "seq_len"),
     "Block by block": ("blocks", "block_tokens", "block_lr", "block_sign_lr"),
-    "Tuning of the whole": ("tune", "tune_tokens", "tune_minutes"),
+    "Tuning of the whole": ("tune", "tune_tokens", "tune_minutes", "tune_lr", "tune_sign_lr"),
     "File": ("embedding_type", "output_type"),
     "Resources": ("threads", "device"),
     "Advanced": ("budget", "iterations", "seed", "eval_windows"),
@@ -42,6 +42,13 @@ Example:
 @click.option("--bits", type=float, help="Bits a weight over the compressed linears, scales included.")
 @click.option("--size", help="Size of the GGUF file instead of --bits: 1.9GiB, 700MB, bytes; all is counted.")
 @click.option(
+    "--effort",
+    type=click.Choice(["fast", "normal", "max"]),
+    default="normal",
+    show_default=True,
+    help="How long to work on it: sets the defaults of all that follows.",
+)
+@click.option(
     "-o",
     "--output",
     type=click.Path(path_type=Path),
@@ -65,21 +72,25 @@ Example:
 @click.option("--block-tokens", type=click.IntRange(1), help="Tokens that go through the blocks for it.")
 @click.option("--block-lr", type=click.FloatRange(0, min_open=True), help="Rate for scales, relative to their RMS.")
 @click.option("--block-sign-lr", type=click.FloatRange(0, min_open=True), help="Rate for latent signs.")
-@click.option("--tune", type=click.Choice(["none", "scales"]), help="Distillation into scales and norms, or none.")
+@click.option(
+    "--tune",
+    type=click.Choice(["none", "scales", "signs"]),
+    help="Distillation of the whole model into scales and norms (scales), and into the signs of some linears (signs).",
+)
 @click.option("--tune-tokens", type=click.IntRange(1), help="Tokens to tune on.")
 @click.option(
     "--tune-minutes",
     type=click.FloatRange(0, min_open=True),
     help="Minutes to tune, turned into tokens by timing the first steps.",
 )
+@click.option("--tune-lr", type=click.FloatRange(0, min_open=True), help="Rate for scales, relative to their RMS.")
+@click.option("--tune-sign-lr", type=click.FloatRange(0, min_open=True), help="Rate for latent signs.")
 @click.option("--embedding-type", help="GGUF type of the embeddings: q8_0, q6_k, f16, …")
 @click.option("--output-type", help="GGUF type of the output head, where it is not tied to the embeddings.")
 @click.option("--threads", type=click.IntRange(1), help="CPU threads.  [default: all cores]")
 @click.option("--device", help="cpu, cuda, cuda:1, mps.  [default: cuda where torch finds it, else cpu]")
 @click.option(
     "--budget",
-    default="uniform",
-    show_default=True,
     help="Bits of each linear: `uniform`, `adaptive` to what compressing it does to the model's output, or the "
     "budget.json of a work folder, to allocate by what was measured there.",
 )
@@ -167,10 +178,10 @@ def resolve_settings(source, device: str, options: dict):
     from ..factorize import OUTER_ITERATIONS
     from ..machine import available_cpus
     from ..pipeline import Settings
-    from ..recipes import DEFAULT
+    from ..recipes import DEFAULT, EFFORTS
     from ..source import context_length
 
-    recipe = source.recipe or DEFAULT
+    recipe, effort = source.recipe or DEFAULT, EFFORTS[options["effort"]]
     recipe_seq_len = min(recipe.seq_len, context_length(source.folder))
 
     def chosen(name: str, otherwise):
@@ -181,25 +192,27 @@ def resolve_settings(source, device: str, options: dict):
         raise DBFError("--tune-minutes must be finite: --tune none does without tuning")
     if tokens is None and minutes is None:
         tokens, minutes = recipe.tune.get("tune_tokens"), recipe.tune.get("tune_minutes")
+        tokens, minutes = (None if x is None else type(x)(x * effort.tune_tokens) for x in (tokens, minutes))
     tune = chosen("tune", recipe.tune["tune"])
-    blocks = chosen("blocks", "fit")
+    blocks, block_tokens = chosen("blocks", effort.blocks), recipe.block_tokens
     return Settings(
         bits=chosen("bits", recipe.bits) if options["size"] is None else None,
         size=options["size"],
-        budget=options["budget"],
+        budget=chosen("budget", effort.budget),
         calib=chosen("calib", recipe.calib),
         calib_sequences=chosen("calib_sequences", recipe.calib_sequences),
         seq_len=chosen("seq_len", recipe_seq_len),
-        iterations=chosen("iterations", recipe.iterations or OUTER_ITERATIONS),
+        iterations=chosen("iterations", round(effort.iterations * (recipe.iterations or OUTER_ITERATIONS))),
         blocks=blocks,
-        block_tokens=None if blocks == "none" else chosen("block_tokens", 49_152),
+        block_tokens=None if blocks == "none" else chosen("block_tokens", round(effort.block_tokens * block_tokens)),
         block_lr=chosen("block_lr", 2e-3) if blocks in ("scales", "signs") else None,
         block_sign_lr=chosen("block_sign_lr", 0.03) if blocks == "signs" else None,
         tune=tune,
-        tune_tokens=tokens if tune == "scales" else None,
-        tune_minutes=minutes if tune == "scales" else None,
+        tune_tokens=None if tune == "none" else tokens,
+        tune_minutes=None if tune == "none" else minutes,
         tune_seq_len=min(recipe.tune.get("seq_len", recipe.seq_len), chosen("seq_len", recipe_seq_len)),
-        tune_lr=recipe.tune["lr"],
+        tune_lr=chosen("tune_lr", recipe.tune["lr"]),
+        tune_sign_lr=chosen("tune_sign_lr", 0.1) if tune == "signs" else None,
         embedding_type=chosen("embedding_type", recipe.embedding_type),
         output_type=chosen("output_type", recipe.output_type),
         seed=options["seed"],

@@ -1,0 +1,284 @@
+"""Compression block by block, the tuning of a block, and the training of signs.
+
+Run alone: pytest tests/test_blockwise.py     (seconds; the models are tiny and random)
+"""
+
+import copy
+import functools
+
+import numpy as np
+import pytest
+import torch
+from test_blocks import BLOCKS, HIDDEN, LENGTH, ids, save
+
+from dbf_gguf import blockwise
+from dbf_gguf.blocks import BlockModel, linears, replace
+from dbf_gguf.blockwise import CORRECTION_RIDGE, TOKEN_CAP, Streams, Tuning, compress, corrected, groups
+from dbf_gguf.checkpoint import WorkFolder, block_file
+from dbf_gguf.factorize import factorize
+from dbf_gguf.factors import Factors
+from dbf_gguf.importance import measure
+from dbf_gguf.model import DBFLinear, load_dense
+from dbf_gguf.model import apply_work as apply_to_whole
+from dbf_gguf.signs import SHARE, WARM_UP, SignTraining
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+WINDOWS = ids(24, LENGTH, seed=5)
+
+
+@pytest.fixture
+def work(tmp_path):
+    return WorkFolder.create(tmp_path / "work")
+
+
+@functools.cache
+def saved(kind: str, root):
+    folder = root / kind
+    save(kind, folder)
+    return folder
+
+
+@pytest.fixture
+def model(tmp_path_factory, request):
+    kind = getattr(request, "param", "llama-tied")
+    return BlockModel(saved(kind, tmp_path_factory.getbasetemp()))
+
+
+# --- groups and moments
+
+
+@pytest.mark.parametrize(
+    ("model", "wanted"),
+    [
+        ("llama-tied", ["q_proj k_proj v_proj", "o_proj", "gate_proj up_proj", "down_proj"]),
+        ("qwen3", ["q_proj k_proj v_proj", "o_proj", "gate_proj up_proj", "down_proj"]),
+        ("phi3", ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]),
+    ],
+    indirect=["model"],
+)
+def test_linears_with_the_same_input_are_a_group(model, wanted):
+    found = groups(model, 1, model.block(1), model.embed(ids(1, LENGTH)))
+    assert [" ".join(name.rpartition(".")[2] for name in group) for group in found] == wanted
+    assert sorted(sum(found, [])) == sorted(linears(1, model.block(1)))
+
+
+def inputs(model, index, block, hidden, name) -> np.ndarray:
+    """Inputs of a module for all windows, [tokens, n] in float64."""
+    seen = []
+    handle = block.get_submodule(name).register_forward_pre_hook(lambda _, x: seen.append(x[0]))
+    with torch.no_grad():
+        model.run(index, block, hidden)
+    handle.remove()
+    return seen[0].flatten(0, 1).double().numpy()
+
+
+def changed(model, index, seed=3):
+    """Block `index` with all weights off by some noise."""
+    block = model.block(index)
+    g = torch.Generator().manual_seed(seed)
+    for module in linears(index, block).values():
+        noise = torch.randn(module.weight.shape, generator=g)
+        module.weight.data += 0.3 * module.weight.std() * noise
+    return block
+
+
+def test_moments_are_those_of_both_streams(model, work, monkeypatch):
+    monkeypatch.setattr(blockwise, "TOKEN_CAP", 1e9)
+    streams = Streams(model, WINDOWS, work)
+    dense, other = model.block(0), changed(model, 0)
+    streams.advance(0, streams.dense, dense)
+    streams.advance(0, streams.compressed, other)
+    xs = [stream.read(slice(None)) for stream in (streams.dense, streams.compressed)]
+    dense, other = model.block(1), changed(model, 1)
+    residual = {"self_attn.o_proj": None, "mlp.down_proj": "post_attention_layernorm"}
+    for name in ("self_attn.k_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj"):
+        x, x_hat = (inputs(model, 1, b, h, name) for b, h in zip((dense, other), xs, strict=True))
+        h, c, r = streams.moments(1, dense, other, [f"model.layers.1.{name}"])
+        assert np.allclose(h, x_hat.T @ x_hat / len(x), rtol=1e-3, atol=1e-5 * h.abs().max().item())
+        assert np.allclose(c, x.T @ x_hat / len(x), rtol=1e-3, atol=1e-5 * c.abs().max().item())
+        if name not in residual:
+            assert r is None
+            continue
+        if residual[name] is None:
+            rest = [h.flatten(0, 1).double().numpy() for h in xs]
+        else:
+            rest = [inputs(model, 1, b, h, residual[name]) for b, h in zip((dense, other), xs, strict=True)]
+        assert np.allclose(r, (rest[0] - rest[1]).T @ x_hat / len(x), rtol=1e-3, atol=1e-5 * r.abs().max().item())
+
+
+def test_no_token_counts_for_much_more_than_the_median(model, work):
+    x = torch.randn(50, 8)
+    x[3] *= 1000
+    weights = Streams.token_weights(x)
+    energy = x.square().sum(dim=1, keepdim=True)
+    assert (weights * energy).max() <= 1.001 * TOKEN_CAP * energy.median()
+    assert (weights == 1).sum() >= 45 and weights[3] < 1e-3
+
+
+def test_corrected_weight_is_the_optimum_of_its_formula():
+    """Against lstsq on the stacked system, in float64."""
+    g = torch.Generator().manual_seed(0)
+    x_hat, rest = torch.randn(300, 24, generator=g), 0.1 * torch.randn(300, 16, generator=g)
+    x = x_hat + 0.3 * torch.randn(300, 24, generator=g)
+    w = torch.randn(16, 24, generator=g)
+    h, c, r = x_hat.T @ x_hat / 300, x.T @ x_hat / 300, rest.T @ x_hat / 300
+    ridge = (CORRECTION_RIDGE * h.diagonal()).sqrt().diag()
+    system = torch.cat([x_hat / 300**0.5, ridge]).double()
+    wanted = torch.cat([(x @ w.T + rest - x_hat @ w.T) / 300**0.5, torch.zeros(24, 16)]).double()
+    best = w + torch.linalg.lstsq(system, wanted).solution.T
+    assert torch.allclose(corrected(w, h, c, r).double(), best, atol=1e-4)
+    assert torch.allclose(corrected(w, h, h, None), w)  # nothing to correct
+
+
+# --- the whole
+
+
+def plain(work, k=32, iterations=20, noise=0.0):
+    """A `factorize` argument for `compress`, which stores its factors, with `noise` on their scales."""
+
+    def put(weights, moment):
+        for name, weight in weights.items():
+            found, errors = factorize(weight[None], k, moment=moment[None], iterations=iterations)
+            for scale in (found[0].scale_m, found[0].scale_a):
+                scale *= 1 + noise * torch.randn(scale.shape, generator=torch.Generator().manual_seed(1))
+            work.write_linear(name, found[0], {"k": k, "error": errors[0].item()})
+
+    return put
+
+
+def output_error(model, work) -> float:
+    """Relative squared error of the last hidden state on windows of other text, by transformers' own forward pass."""
+    dense, other = load_dense(model.folder), load_dense(model.folder)
+    apply_to_whole(other, work, torch.float32)
+    with torch.no_grad():
+        a, b = (m.model(ids(8, LENGTH, seed=77)).last_hidden_state for m in (dense, other))
+    return ((a - b).square().sum() / a.square().sum()).item()
+
+
+@pytest.mark.parametrize("model", ["llama-tied", "mistral", "qwen2", "qwen3", "phi3"], indirect=True)
+def test_fitted_blocks_are_closer_to_the_dense_model(model, tmp_path):
+    fitted, alone = (WorkFolder.create(tmp_path / name) for name in ("fitted", "alone"))
+    compress(model, WINDOWS, fitted, plain(fitted))
+    for index in range(BLOCKS):
+        for name, linear in linears(index, model.block(index)).items():
+            found, _ = factorize(linear.weight[None], 32, iterations=20)
+            alone.write_linear(name, found[0], {"k": 32})
+    assert output_error(model, fitted) < 0.9 * output_error(model, alone)
+
+
+def with_importance(model, path) -> WorkFolder:
+    work = WorkFolder.create(path)
+    work.write_tensors("importance.safetensors", measure(model, WINDOWS[:4], work.path))
+    return work
+
+
+OFF = {"k": 96, "noise": 0.3}  # factors that leave tuning something to do
+
+
+@pytest.mark.parametrize("sign_lr", [None, 0.2])
+def test_tuned_blocks_are_closer_still_and_interruptions_leave_no_trace(model, sign_lr, tmp_path, monkeypatch):
+    monkeypatch.setattr(blockwise.blocktune, "STEP_TOKENS", 2 * LENGTH)
+    tuning, reports = Tuning(lr=0.03, sign_lr=sign_lr, seed=0), []
+    work = with_importance(model, tmp_path / "whole")
+    compress(model, WINDOWS, work, plain(work, **OFF), tuning, lambda *args: reports.append(args))
+    assert [index for index, _, _ in reports] == list(range(BLOCKS))
+    assert all(after <= before for _, before, after in reports)
+    assert sum(after < 0.95 * before for _, before, after in reports) >= 2
+    fitted = with_importance(model, tmp_path / "fitted")
+    compress(model, WINDOWS, fitted, plain(fitted, **OFF))
+    flips = sum((work.factors(n).signs_a != fitted.factors(n).signs_a).sum().item() for n in work.manifest["linears"])
+    assert (flips > 0) == (sign_lr is not None)
+
+    class Killed(Exception):
+        pass
+
+    cut, count = with_importance(model, tmp_path / "cut"), 0
+    inner = plain(cut, **OFF)
+
+    def put(weights, moment):
+        nonlocal count
+        count += 1
+        inner(weights, moment)
+        if count in (3, 6):  # in the middle of block 0, then of block 1
+            raise Killed
+
+    for _ in range(2):
+        with pytest.raises(Killed):
+            compress(model, WINDOWS, cut, put, tuning)
+        cut = WorkFolder.open(cut.path)
+    compress(model, WINDOWS, cut, put, tuning)
+    for index in range(BLOCKS):
+        a, b = (w.read_tensors(block_file(index)) for w in (work, cut))
+        assert a.keys() == b.keys() and all(a[name].equal(b[name]) for name in a)
+
+
+# --- signs
+
+
+def linear_with(signs_a, signs_b) -> DBFLinear:
+    k, n_in = signs_b.shape
+    scales = (torch.ones(len(signs_a)), torch.full((k,), 0.1), torch.ones(n_in))
+    return DBFLinear(Factors(signs_a.to(torch.int8), signs_b.to(torch.int8), *scales))
+
+
+def random_signs(*shape, seed) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).sign()
+
+
+def test_signs_that_are_wrong_are_turned():
+    """Some signs of a known linear are flipped; training on its outputs turns most of them back, and few others."""
+    right = linear_with(random_signs(64, 96, seed=1), random_signs(96, 64, seed=2))
+    wrong = copy.deepcopy(right)
+    places = torch.randperm(64 * 96, generator=torch.Generator().manual_seed(3))[:40]
+    with torch.no_grad():
+        wrong.signs_a.view(-1)[places] *= -1
+    training = SignTraining([wrong])
+    g = torch.Generator().manual_seed(4)
+    for step in range(160):
+        x = torch.randn(128, 64, generator=g)
+        with torch.no_grad():
+            wanted = right(x)
+        loss = (wrong(x) - wanted).square().mean()
+        before = [s.detach().clone() for s in training.signs]
+        training.step(torch.autograd.grad(loss, training.signs), 0.05)
+        for old, new in zip(before, training.signs, strict=True):
+            flipped = (old != new).sum().item()
+            assert flipped <= (0 if step < WARM_UP else max(1, SHARE * new.numel()))
+            assert new.abs().eq(1).all()
+    training.close()
+    assert not wrong.signs_a.requires_grad
+    still = (wrong.signs_a != right.signs_a).sum().item()
+    assert still <= 8 and (wrong.signs_b != right.signs_b).sum().item() <= 8
+
+
+def test_steps_by_hand():
+    linear = linear_with(random_signs(32, 32, seed=1), random_signs(32, 32, seed=2))
+    training = SignTraining([linear])
+    v, z = 0.0, linear.signs_a.detach().double().numpy().copy()
+    for t in range(1, 4):
+        g = [torch.randn(s.shape, generator=torch.Generator().manual_seed(t)) for s in training.signs]
+        training.step(g, 0.02)
+        v = 0.95 * v + 0.05 * np.square(g[0].double().numpy()).mean()
+        z -= 0.02 * g[0].double().numpy() / np.sqrt(v / (1 - 0.95**t))
+    assert np.allclose(training.latent[0], z, atol=1e-5)
+
+
+def test_norms_of_a_tuned_block_are_read_before_the_end(model, work):
+    work.write_tensors(block_file(1), {"model.layers.1.input_layernorm.weight": torch.full((HIDDEN,), 3.0)})
+    other = load_dense(model.folder)
+    apply_to_whole(other, work, torch.float32)
+    assert other.model.layers[1].input_layernorm.weight.eq(3).all()
+    assert not other.model.layers[0].input_layernorm.weight.eq(3).any()
+
+
+def test_a_replaced_linear_is_tapped_as_well(model, work):
+    """Within a block the first groups are factors already when the later ones are measured."""
+    streams = Streams(model, WINDOWS, work)
+    dense, other = model.block(0), model.block(0)
+    for name, linear in list(linears(0, other).items())[:3]:
+        found, _ = factorize(linear.weight[None], 64, iterations=10)
+        replace(0, other, name, found[0], torch.float32)
+    h, c, _ = streams.moments(0, dense, other, ["model.layers.0.self_attn.o_proj"])
+    same, _, _ = streams.moments(0, dense, dense, ["model.layers.0.self_attn.o_proj"])
+    assert not torch.allclose(h, same, rtol=0.01) and not torch.allclose(h, c, rtol=0.01)
