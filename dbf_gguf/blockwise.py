@@ -159,6 +159,7 @@ class Tuning:
     lr: float
     sign_lr: float | None  # None: the signs stay
     seed: int
+    importance: bool = True  # weight the outputs by their gradients
 
 
 def compress(
@@ -194,6 +195,7 @@ def compress(
         if tuning is not None:
             if not work.has(block_file(index)):
                 last = work.read_tensors("importance.safetensors")[f"{order[-1][-1]}.output"]
+                last = last if tuning.importance else torch.ones_like(last)
                 with side_by_side(model.workers(windows.shape[1], backward=True)) as pool:
                     options = {"lr": tuning.lr, "sign_lr": tuning.sign_lr, "seed": tuning.seed}
                     values, before, after = blocktune.tune(model, index, compressed, streams, last, pool, **options)

@@ -62,6 +62,7 @@ class Settings:
     calib: str
     calib_sequences: int
     seq_len: int
+    importance: bool
     iterations: int
     blocks: str  # "none": every linear by itself; "fit", "scales", "signs": block by block, and what is tuned then
     block_tokens: int | None
@@ -276,6 +277,8 @@ class Job:
         self.claimed = {"bits": s.bits, "iterations": s.iterations, "seed": s.seed, "device": s.device}
         self.claimed |= {"threads": s.threads}  # sums are split by them, so the last bits depend on their number
         self.claimed |= {"calib": self.calib, "calib_sequences": s.calib_sequences, "seq_len": s.seq_len}
+        if not s.importance:
+            self.claimed |= {"importance": False}
         self.claimed |= {"blocks": s.blocks, "block_tokens": s.block_tokens}
         self.claimed |= {"block_lr": s.block_lr, "block_sign_lr": s.block_sign_lr, "tune": s.tune}
         if s.tune != "none":
@@ -390,7 +393,7 @@ class Job:
             s, tuning = self.settings, None
             if s.blocks in ("scales", "signs"):
                 sign_lr = s.block_sign_lr if s.blocks == "signs" else None
-                tuning = blockwise.Tuning(s.block_lr, sign_lr, s.seed)
+                tuning = blockwise.Tuning(s.block_lr, sign_lr, s.seed, s.importance)
             report = self._report_block
             blockwise.compress(self.block_model(), self.windows["blocks"].long(), work, group, tuning, report)
 
@@ -441,9 +444,7 @@ class Job:
             factors, errors = factorize(
                 weights,
                 self.budget[names[0]],
-                importance_in=torch.stack([tensors[f"{name}.input"] for name in names]),
-                importance_out=torch.stack([tensors[f"{name}.output"] for name in names]),
-                moment=None if moment is None else moment.expand(len(names), -1, -1),
+                **self._importance(names, tensors, moment),
                 iterations=self.settings.iterations,
                 seed=self.settings.seed,
             )
@@ -451,6 +452,16 @@ class Job:
             raise DBFError(f"{', '.join(names)}: {error}") from None
         seconds = (time.monotonic() - begin) / len(names)
         return [(n, f, e, seconds) for n, f, e in zip(names, factors, errors.tolist(), strict=True)]
+
+    def _importance(self, names: list[str], tensors: dict, moment: torch.Tensor | None) -> dict:
+        """The arguments of `factorize` that say what matters."""
+        if not self.settings.importance:
+            return {}
+        found = {
+            argument: torch.stack([tensors[f"{name}.{side}"] for name in names])
+            for argument, side in (("importance_in", "input"), ("importance_out", "output"))
+        }
+        return found | {"moment": None if moment is None else moment.expand(len(names), -1, -1)}
 
     def tune(self) -> None:
         s, work = self.settings, self.work

@@ -12,7 +12,7 @@ from ..errors import DBFError
 
 GROUPS = {
     "Basic": ("bits", "size", "effort", "output", "work", "resume"),
-    "Calibration": ("calib", "calib_sequences", "seq_len"),
+    "Calibration": ("calib", "calib_sequences", "seq_len", "importance"),
     "Block by block": ("blocks", "block_tokens", "block_lr", "block_sign_lr"),
     "Tuning of the whole": ("tune", "tune_tokens", "tune_minutes", "tune_lr", "tune_sign_lr"),
     "File": ("embedding_type", "output_type"),
@@ -63,6 +63,12 @@ Example:
 @click.option("--calib", help="Calibration text: a text file, a hub dataset owner/name, or `wiki`.")
 @click.option("--calib-sequences", type=click.IntRange(1), help="Windows of it that importance is measured on.")
 @click.option("--seq-len", type=click.IntRange(16), help="Tokens in each of them.")
+@click.option(
+    "--importance/--no-importance",
+    default=True,
+    show_default=True,
+    help="Weight rows and columns by what the calibration text makes of them.",
+)
 @click.option(
     "--blocks",
     type=click.Choice(["none", "fit", "scales", "signs"]),
@@ -202,6 +208,7 @@ def resolve_settings(source, device: str, options: dict):
         calib=chosen("calib", recipe.calib),
         calib_sequences=chosen("calib_sequences", recipe.calib_sequences),
         seq_len=chosen("seq_len", recipe_seq_len),
+        importance=options["importance"],
         iterations=chosen("iterations", round(effort.iterations * (recipe.iterations or OUTER_ITERATIONS))),
         blocks=blocks,
         block_tokens=None if blocks == "none" else chosen("block_tokens", round(effort.block_tokens * block_tokens)),
