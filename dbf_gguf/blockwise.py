@@ -95,19 +95,19 @@ class Streams:
                 found.append((local.seen[first].flatten(0, 1), None if rest is None else rest.flatten(0, 1)))
             return found
 
-        sums: list = [0.0, 0.0, None]
-        tokens = 0
+        n = dense.get_submodule(first).weight.shape[1]
+        h, c = (torch.zeros(n, n, device=self.model.device) for _ in range(2))
+        r_sum, tokens = None, 0
         with _tapped((dense, compressed), taps, local), side_by_side(self.workers) as pool:
             for (x, r), (x_hat, r_hat) in in_order(pool, one, range(self.count), 2 * self.workers):
-                weight = self.token_weights(x_hat)
-                weighted = (x_hat * weight).T
+                weighted = x_hat * self.token_weights(x_hat)
                 tokens += len(x)
-                sums[0] = sums[0] + (weighted @ x_hat).float()
-                sums[1] = sums[1] + (x.T @ weighted.T).float()
+                h += x_hat.T @ weighted
+                c += x.T @ weighted
                 if r is not None:
-                    difference = ((r - r_hat).T @ weighted.T).float()
-                    sums[2] = difference if sums[2] is None else sums[2] + difference
-        return [None if value is None else value / tokens for value in sums]
+                    difference = ((r - r_hat).T @ weighted).float()
+                    r_sum = difference if r_sum is None else r_sum.add_(difference)
+        return h.div_(tokens), c.div_(tokens), None if r_sum is None else r_sum.div_(tokens)
 
     @staticmethod
     def token_weights(x: torch.Tensor) -> torch.Tensor:
@@ -119,16 +119,19 @@ class Streams:
         return (TOKEN_CAP * energy.median() / energy.clamp_min(1e-20)).clamp_max(1).to(x.dtype)
 
 
-def corrected(weight: torch.Tensor, h: torch.Tensor, c: torch.Tensor, r: torch.Tensor | None) -> torch.Tensor:
-    """W* [n_out, n_in] of a weight [n_out, n_in], float32; see the formula above."""
-    weight = weight.float()
+def corrected(weights: dict[str, torch.Tensor], h: torch.Tensor, c: torch.Tensor, r: torch.Tensor | None):
+    """{name: W* [n_out, n_in]} of the weights of a group, float32; see the formula above. `c` is changed."""
     size = h.diagonal().sqrt().clamp_min(1e-3 * h.diagonal().mean().sqrt())
     system = h / size[:, None] / size
     system.diagonal().add_(CORRECTION_RIDGE)
-    wanted = weight @ (c - h)
-    if r is not None:
-        wanted += r
-    return weight + torch.cholesky_solve((wanted / size).T, torch.linalg.cholesky(system)).T / size
+    root = torch.linalg.cholesky(system, out=system)
+    moved, found = c.sub_(h), {}
+    for name, weight in weights.items():
+        wanted = weight.float() @ moved
+        if r is not None:
+            wanted += r
+        found[name] = torch.cholesky_solve((wanted / size).T, root).T.div_(size).add_(weight)
+    return found
 
 
 def groups(model: BlockModel, index: int, block: nn.Module, hidden: torch.Tensor) -> list[list[str]]:
@@ -184,9 +187,12 @@ def compress(
         for group in order:
             if any(name not in work.manifest["linears"] for name in group):
                 h, c, r = streams.moments(index, dense, compressed, group)
-                weights = linears(index, dense)
                 # all of them, so that a resumed run computes on as many threads and ends in the same bits
-                factorize({name: corrected(weights[name].weight, h, c, r) for name in group}, h)
+                weights = {name: linears(index, dense)[name].weight for name in group}
+                weights = corrected(weights, h, c, r)
+                del c, r  # large
+                factorize(weights, h)
+                del h, weights
             for name in group:
                 replace(index, compressed, name, work.factors(name), model.dtype)
         if index + 1 == len(model) and tuning is None:

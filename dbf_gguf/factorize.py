@@ -199,7 +199,7 @@ def factorize(
     target = weight.float() * o[:, :, None] * i[:, None, :]
     target = target / target.square().mean(dim=(1, 2), keepdim=True).sqrt().clamp_min(TINY)
     if moment is not None:
-        moment = _damped(moment / i[:, :, None] / i[:, None, :])
+        moment = _damped(moment.div(i[:, :, None]).div_(i[:, None, :]))
 
     generator = torch.Generator().manual_seed(seed)  # on the CPU: the same start on every device
     start_a, start_b = (torch.randn(k, n, generator=generator).to(device, dtype) for n in (n_out, n_in))
@@ -256,11 +256,11 @@ def _finite_importance(importance: torch.Tensor | None, weight: torch.Tensor, n:
 
 
 def _damped(moment: torch.Tensor) -> torch.Tensor:
-    """H [batch, n, n] of mean eigenvalue 1, the identity mixed in."""
+    """H [batch, n, n] of mean eigenvalue 1, the identity mixed in; in place."""
     size = moment.diagonal(dim1=1, dim2=2).mean(dim=1).clamp_min(TINY)
-    damped = moment / size[:, None, None]
+    damped = moment.div_(size[:, None, None])
     damped.diagonal(dim1=1, dim2=2).add_(DAMPING)
-    return damped / (1 + DAMPING)
+    return damped.div_(1 + DAMPING)
 
 
 def _energy(w: torch.Tensor, moment: torch.Tensor | None) -> torch.Tensor:

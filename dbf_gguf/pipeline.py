@@ -127,15 +127,17 @@ def _work_folder(path: Path):
         yield WorkFolder.open(path) if begun else WorkFolder.create(path)
 
 
-def workers_for(threads: int, n_out: int, n_in: int, k: int, memory: int) -> int:
+def workers_for(threads: int, n_out: int, n_in: int, k: int, memory: int, metric: bool = False) -> int:
     """How many linears of this size are factorized at a time on a CPU: one a thread, as far as memory goes.
 
-    `memory` in bytes; half of it is used, and no more than SIDE_BY_SIDE_BYTES: the products of linears that exceed
-    these are long enough for many threads.
+    `metric`: with the inputs' second moment. `memory` in bytes; half of it is used, and no more than
+    SIDE_BY_SIDE_BYTES: the products of linears that exceed these are long enough for many threads.
     """
     item = product_dtype(torch.device("cpu")).itemsize
     # target in two precisions; five work arrays, signs and their float32 products at the end; k x k matrices
     each = 12 * n_out * n_in + (6 * item + 13) * k * (n_out + n_in) + (3 * item + 12) * k * k
+    if metric:  # H and its eigenvectors in two precisions, LAPACK's work; the solver's arrays
+        each += (20 + 3 * item) * n_in * n_in + item * n_in * (n_out + 4 * k)
     return max(1, min(threads, min(memory // 2, SIDE_BY_SIDE_BYTES) // each))
 
 
@@ -367,7 +369,8 @@ class Job:
             return 1
         if key not in self.work.manifest:
             threads, memory, widths = self.settings.threads, available_memory(), widths or self.budget
-            workers = min(workers_for(threads, *self.shapes[name], k, memory) for name, k in widths.items())
+            metric = self.settings.blocks != "none"
+            workers = min(workers_for(threads, *self.shapes[name], k, memory, metric) for name, k in widths.items())
             self.work.manifest[key] = workers
             self.work.save()
         return self.work.manifest[key]

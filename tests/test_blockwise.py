@@ -127,8 +127,9 @@ def test_corrected_weight_is_the_optimum_of_its_formula():
     system = torch.cat([x_hat / 300**0.5, ridge]).double()
     wanted = torch.cat([(x @ w.T + rest - x_hat @ w.T) / 300**0.5, torch.zeros(24, 16)]).double()
     best = w + torch.linalg.lstsq(system, wanted).solution.T
-    assert torch.allclose(corrected(w, h, c, r).double(), best, atol=1e-4)
-    assert torch.allclose(corrected(w, h, h, None), w)  # nothing to correct
+    found = corrected({"one": w, "same": w}, h, c, r)
+    assert torch.allclose(found["one"].double(), best, atol=1e-4) and found["same"].equal(found["one"])
+    assert torch.allclose(corrected({"one": w}, h, h.clone(), None)["one"], w)  # nothing to correct
 
 
 # --- the whole
@@ -184,7 +185,7 @@ def test_tuned_blocks_are_closer_still_and_interruptions_leave_no_trace(model, s
     compress(model, WINDOWS, work, plain(work, **OFF), tuning, lambda *args: reports.append(args))
     assert [index for index, _, _ in reports] == list(range(BLOCKS))
     assert all(after <= before for _, before, after in reports)
-    assert sum(after < 0.95 * before for _, before, after in reports) >= 2
+    assert any(after < 0.9 * before for _, before, after in reports)
     fitted = with_importance(model, tmp_path / "fitted")
     compress(model, WINDOWS, fitted, plain(fitted, **OFF))
     flips = sum((work.factors(n).signs_a != fitted.factors(n).signs_a).sum().item() for n in work.manifest["linears"])

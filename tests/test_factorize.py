@@ -143,9 +143,9 @@ def test_refit_never_worsens():
 
 
 def correlated(n: int, tokens: int = 2000, seed: int = 5) -> torch.Tensor:
-    """Inputs [tokens, n] with a decaying spectrum, as activations have."""
+    """Inputs [tokens, n] with a decaying spectrum, as activations have; of one distribution whatever the seed."""
+    basis = torch.linalg.qr(torch.randn(n, n, generator=torch.Generator().manual_seed(0)))[0]
     g = torch.Generator().manual_seed(seed)
-    basis = torch.linalg.qr(torch.randn(n, n, generator=g))[0]
     return torch.randn(tokens, n, generator=g) * torch.arange(1, n + 1).float().pow(-0.7) @ basis
 
 
@@ -159,8 +159,8 @@ def test_a_moment_lowers_the_error_of_the_outputs():
     found, reported = factorize(w[None], 64, moment=moment[None], iterations=QUICK)
     diagonal, _ = one(w, 64, importance_in=moment.diagonal().sqrt(), iterations=QUICK)
     assert_sound(found[0], 96, 64, 128)
-    assert output_error(found[0]) < 0.8 * output_error(diagonal)
-    assert reported[0].item() == pytest.approx(output_error(found[0]), rel=0.35)  # it is damped, and of other inputs
+    assert output_error(found[0]) < 0.5 * output_error(diagonal)
+    assert output_error(found[0]) < reported[0].item() < 2 * output_error(found[0])  # what is reported is damped
 
 
 def test_an_uncorrelated_moment_changes_little():
