@@ -243,12 +243,14 @@ class Bench:
             dbf_gguf(*command, "--work", self.out / f"dbf-{bits}-work", "-o", path, *self.convert_options)
             made.append(path)
         found = [self.f16]
+        text = Path(self.calib).expanduser()
+        here = f"{text.name} {sha256_of(text)[:12]}" if text.is_file() else self.calib  # as convert writes it down
         for path in [*made, *self.dbf]:
             found.append(Candidate(path.stem, DBF, sha256_of(path), path))
             with GGUFFile(path) as file:
                 calib = json.loads(file.get("dbf.settings", "{}")).get("calib")
-            if calib != self.calib:
-                print(f"note: {path} was calibrated on {calib}, llama.cpp's types are on {self.calib}")
+            if calib != here:
+                print(f"note: {path} was calibrated on {calib}, llama.cpp's types are on {here}")
         for name in self.types:
             key = digest(self.f16.key, self.imatrix_key, name, pin().commit)
             found.append(Candidate(name, LLAMA_CPP, key, self.out / f"{name}.gguf"))
