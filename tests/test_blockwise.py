@@ -186,10 +186,11 @@ def test_tuned_blocks_are_closer_still_and_interruptions_leave_no_trace(model, s
     assert [index for index, _, _ in reports] == list(range(BLOCKS))
     assert all(after <= before for _, before, after in reports)
     assert any(after < 0.9 * before for _, before, after in reports)
-    fitted = with_importance(model, tmp_path / "fitted")
-    compress(model, WINDOWS, fitted, plain(fitted, **OFF))
-    flips = sum((work.factors(n).signs_a != fitted.factors(n).signs_a).sum().item() for n in work.manifest["linears"])
-    assert (flips > 0) == (sign_lr is not None)
+    turned = 0
+    for name in work.manifest["linears"]:
+        before = work.read_tensors(f"linears/{name}.safetensors")["signs_a"].numpy()
+        turned += (before != work.packed_signs(name)[0]).sum()
+    assert (turned > 0) == (sign_lr is not None)
 
     class Killed(Exception):
         pass
