@@ -31,7 +31,7 @@ from dbf_gguf.source import ModelSource, resolve
 from dbf_gguf.verify import check_format, check_work
 
 OPTIONS = "--bits 2 --calib-sequences 4 --seq-len 64 --iterations 12 --block-tokens 2048 --tune-tokens 30720"
-OPTIONS = [*OPTIONS.split(), *"--tune-lr 5e-3 --threads 2 --device cpu --eval-windows 0".split()]
+OPTIONS = [*OPTIONS.split(), "--tune-lr", "5e-3", "--threads", "2", "--device", "cpu", "--eval-windows", "0"]
 LINEAR = re.compile(r"blk\.\d+\.\w+ +k=\d+ +\d\.\d\d bits  err 0\.\d{4}  \d+\.\d s")
 
 
