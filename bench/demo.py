@@ -48,7 +48,7 @@ def demo() -> bool:
     heading(f"Compress {MODEL} to {BITS} bits a weight")
     # The effort's tokens, but not all of them on a slow machine; few windows for convert's own figure, since
     # llama-perplexity measures the same below.
-    limits = ["--tune-tokens", TUNE_TOKENS, "--tune-minutes", "9", "--eval-windows", "16"]
+    limits = ["--tune-tokens", TUNE_TOKENS, "--tune-minutes", "7", "--eval-windows", "16"]
     options = ["--bits", BITS, "--effort", EFFORT, *limits]
     dbf_gguf("convert", MODEL, *options, "--work", FOLDER / "work", "-o", DBF)
 
