@@ -16,6 +16,7 @@ What is read of a linear comes from the last of the files that has it: final, it
 import contextlib
 import json
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -182,11 +183,10 @@ class WorkFolder:
         return self._newest(name, SCALES)
 
     def _newest(self, name: str, parts: tuple[str, ...]) -> dict[str, torch.Tensor]:
-        for file, prefix in (
-            ("final.safetensors", f"{name}."),
-            (block_file(int(name.split(".")[2])), f"{name}."),
-            (self._linear_file(name), ""),
-        ):
+        own_block = re.search(r"\.layers\.(\d+)\.", name)
+        files = [("final.safetensors", f"{name}.")]
+        files += [(block_file(own_block[1]), f"{name}.")] if own_block else []
+        for file, prefix in [*files, (self._linear_file(name), "")]:
             if self.has(file):
                 with safe_open(str(self.path / file), "pt") as f:
                     if prefix + parts[0] in f.keys():  # noqa: SIM118, it is no mapping
