@@ -2,7 +2,7 @@
 
     python -m pytest tests/test_parallel.py
 
-As a program, which a launcher starts more than once, this file runs the stages, or a convert some of whose processes fail.
+As a program, which a launcher starts twice, this file runs the stages, or a convert whose second process fails.
 """
 
 import contextlib
@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -24,6 +25,7 @@ from dbf_gguf import blocktune, cli, distill, importance, parallel, pipeline
 from dbf_gguf.blocks import BlockModel, linears, replace
 from dbf_gguf.blockwise import Streams
 from dbf_gguf.checkpoint import WorkFolder
+from dbf_gguf.errors import DBFError
 from dbf_gguf.factorize import factorize
 from dbf_gguf.gguf_file import GGUFFile
 from dbf_gguf.model import DBFLinear, block_linears, load_dense, replace_linear
@@ -61,7 +63,7 @@ def ended(run: subprocess.Popen) -> str:
 
 
 def stages(folder: Path, out: Path) -> None:
-    """Everything that is split, from the same start: no stage gets what another one before it made slightly different."""
+    """Everything that is split, from the same start: no stage gets what one before it made slightly different."""
     g = torch.Generator().manual_seed(0)
     windows = torch.randint(3, 288, (27, 32), generator=g)  # neither these nor the steps divide evenly
     dense = BlockModel(folder)
@@ -84,9 +86,8 @@ def stages(folder: Path, out: Path) -> None:
     blocktune.STEP_TOKENS = 96
     streams.advance(0, streams.dense, dense.block(0))
     with side_by_side(1) as pool:
-        values, *errors = blocktune.tune(
-            dense, 0, block, streams, torch.ones(64), pool, lr=1e-3, sign_lr=0.1, seed=0
-        )  # fmt: skip
+        options = {"lr": 1e-3, "sign_lr": 0.1, "seed": 0}
+        values, *errors = blocktune.tune(dense, 0, block, streams, torch.ones(64), pool, **options)
     found |= {f"block.{name}": value for name, value in values.items()} | {"block errors": torch.tensor(errors)}
     found |= {f"block signs.{n}": m.signs_a.clone() for n, m in block.named_modules() if isinstance(m, DBFLinear)}
 
@@ -176,18 +177,32 @@ def test_whole_convert(pair, model, text, tmp_path, monkeypatch, capsys):  # noq
         assert two.manifest["linears"][name]["error"] == pytest.approx(record["error"], rel=0.1), name
 
 
-@pytest.mark.parametrize("moment", ["blk.0.ffn_gate", "tuning 40/"])
-def test_killed_and_resumed_ends_in_the_same_file(moment, pair, model, text, tmp_path):  # noqa: F811
+def unfinished(pair, output: Path) -> None:
+    """The work folder for `output` as one of the pair's that was killed between two linears of a group."""
+    folder = output.with_name("tiny-work")
+    shutil.copytree(pair[1], folder)
+    for name in ("final.safetensors", "tuning.safetensors"):
+        (folder / name).unlink()
+    work = WorkFolder.open(folder)
+    for name in work.linears()[-6:]:
+        assert name.startswith("model.layers.1")
+        del work.manifest["linears"][name]
+        (folder / "linears" / f"{name}.safetensors").unlink()
+    work.save()
+
+
+def test_killed_and_resumed_ends_in_the_same_file(pair, model, text, tmp_path):  # noqa: F811
     output = tmp_path / "tiny.gguf"
+    unfinished(pair, output)
     command = ["-m", "dbf_gguf", *converts(model, text, output, "--resume")]
     run = launch(*command)
-    assert any(line.startswith(moment) for line in run.stdout)
+    assert any(line.startswith("tuning 40/") for line in run.stdout)
     for process in [*psutil.Process(run.pid).children(recursive=True), psutil.Process(run.pid)]:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()
     run.communicate()
     assert not output.exists()
-    assert "done before" in ended(launch(*command))
+    assert "14 of 14 linears done before" in ended(launch(*command))
     assert output.read_bytes() == pair[0].read_bytes()
 
 
@@ -202,22 +217,47 @@ def test_another_number_of_processes_is_refused(pair, model, text, tmp_path, mon
 # --- errors
 
 
-@pytest.mark.parametrize("ranks", ["1", "01"])
-def test_an_error_of_one_or_both_ends_both_with_one_line(ranks, model, text, tmp_path):  # noqa: F811
-    run = launch(__file__, "fail", ranks, *converts(model, text, tmp_path / "tiny.gguf", "--eval-windows", 0))
-    printed = run.communicate(timeout=120)[0]
+def fails(run: subprocess.Popen) -> str:
+    """The one line that both processes together have said."""
+    printed = run.communicate(timeout=300)[0]
     assert run.returncode != 0
     said = [line for line in printed.splitlines() if line.startswith("dbf-gguf:")]
-    assert len(said) == 1 and said[0].endswith("a fault of the test"), printed
+    assert len(said) == 1, printed
     assert printed.count("Traceback") <= 1, printed  # the launcher's own
+    return said[0]
+
+
+def test_an_error_of_the_second_ends_both_with_one_line(pair, model, text, tmp_path):  # noqa: F811
+    unfinished(pair, tmp_path / "tiny.gguf")
+    arguments = converts(model, text, tmp_path / "tiny.gguf", "--resume")
+    assert fails(launch(__file__, "fail", *arguments)).endswith("a fault of the test")
     assert not (tmp_path / "tiny.gguf").exists()
 
 
-def test_more_processes_than_windows(model, text, tmp_path):  # noqa: F811
-    run = launch("-m", "dbf_gguf", *converts(model, text, tmp_path / "tiny.gguf", "--calib-sequences", 1))
-    printed = run.communicate(timeout=120)[0]
-    assert run.returncode != 0
-    assert printed.count("dbf-gguf:") == printed.count("2 processes cannot share 1 windows of text") == 1, printed
+def test_an_error_of_both_is_one_line(model, text, tmp_path):  # noqa: F811
+    arguments = converts(model, text, tmp_path / "tiny.gguf", "--device", "abacus")
+    assert "torch finds no device abacus" in fails(launch("-m", "dbf_gguf", *arguments))
+
+
+def test_more_processes_than_windows(model, text, tmp_path, monkeypatch, capsys):  # noqa: F811
+    monkeypatch.setattr(parallel, "count", lambda: 5)
+    monkeypatch.setattr(sys, "argv", ["dbf-gguf", *map(str, converts(model, text, tmp_path / "tiny.gguf"))])
+    with pytest.raises(SystemExit):
+        cli.main()
+    assert "5 processes cannot share 4 windows of text" in capsys.readouterr().err
+
+
+def test_every_process_has_a_gpu_of_its_own(monkeypatch):
+    monkeypatch.setattr(parallel, "_count", 2)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert parallel.own_device("cuda") == "cuda:1"
+    assert parallel.own_device("cpu") == "cpu"
+    with pytest.raises(DBFError, match="leave it out"):
+        parallel.own_device("cuda:0")
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(DBFError, match="start one for each"):
+        parallel.own_device("cuda")
 
 
 def fault(*_, **__):
@@ -231,7 +271,7 @@ if __name__ == "__main__":
             stages(*map(Path, sys.argv[2:]))
             parallel.leave()
     else:
-        _, _, ranks, *sys.argv[1:] = sys.argv
-        if os.environ["RANK"] in ranks:
+        del sys.argv[1]
+        if os.environ["RANK"] == "1":
             pipeline.factorize = fault
         cli.main()
