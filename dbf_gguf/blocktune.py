@@ -6,6 +6,9 @@
 the block's output: what the loss does not see need not be right. u keeps the few tokens of enormous size from being all
 that counts (`blockwise.token_weights`).
 
+Of several processes each computes the gradients for those windows of a step that are in its streams. A step has as many
+windows as there are processes at least.
+
 The state with the lowest loss on windows that are not trained on is kept; that may be the one it began with.
 """
 
@@ -15,6 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch import nn
 
+from . import parallel
 from .model import DBFLinear
 from .signs import SignTraining
 from .trainables import BETAS, Trainables, learning_rate
@@ -49,7 +53,7 @@ def tune(
     device = next(block.parameters()).device
     weight = (weight.float() / weight.float().square().mean().sqrt()).to(device)
     count, length = streams.count, streams.length
-    batch = max(1, STEP_TOKENS // length)
+    batch = max(parallel.count(), STEP_TOKENS // length)
     n_held_out = max(1, int(HELD_OUT * count))
     held_out, training = torch.arange(count).split([n_held_out, count - n_held_out])
     parameters = Trainables(block)
@@ -59,7 +63,7 @@ def tune(
 
     def error(number: int, grad: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
         """Weighted squares of the error and of what the block adds to its input, sums over a window."""
-        place = slice(number, number + 1)
+        place = streams.place(number)
         hidden, wanted = streams.compressed.read(place).to(device), streams.dense.read(place).to(device)
         with torch.set_grad_enabled(grad):
             output = model.run(index, block, hidden)
@@ -71,9 +75,17 @@ def tune(
         loss, size = error(number, grad=True)
         return parameters.gradient(loss / size.detach(), others=signs.signs if signs else ())
 
+    def total(parts: list, like: torch.Tensor) -> torch.Tensor:
+        """The sum of parts in their order, the same whichever was ready first; there may be none in this process."""
+        return parallel.total(sum(parts, torch.zeros_like(like)))
+
     def evaluate() -> float:
-        errors, sizes = zip(*pool.map(error, held_out.tolist()), strict=True)
-        return (sum(errors) / sum(sizes)).item()
+        found = list(pool.map(error, own(held_out)))
+        errors, sizes = (total([pair[i] for pair in found], weight[0]) for i in (0, 1))
+        return (errors / sizes).item()
+
+    def own(numbers: torch.Tensor) -> list[int]:
+        return [number for number in numbers.tolist() if number in streams.own]
 
     def state() -> tuple[torch.Tensor, list[torch.Tensor]]:
         return delta.detach().clone(), [s.detach().to(torch.int8) for s in signs.signs] if signs else []
@@ -86,15 +98,15 @@ def tune(
     for step in range(steps):
         epoch, place = divmod(step, per_epoch)
         order = torch.randperm(len(training), generator=torch.Generator().manual_seed(seed + epoch))
-        chosen = training[order[place * batch : (place + 1) * batch]].tolist()
-        parts = list(pool.map(gradient, chosen))  # added in their order: the same result whichever is ready first
-        delta.grad = sum(part for part, _ in parts) / len(chosen)
+        chosen = training[order[place * batch : (place + 1) * batch]]
+        parts = list(pool.map(gradient, own(chosen)))
+        delta.grad = total([part for part, _ in parts], delta) / len(chosen)
         adam.param_groups[0]["lr"] = learning_rate(step, steps, lr)
         adam.step()
         parameters.set(delta.detach())
         if signs:
-            each = zip(*(part for _, part in parts), strict=True)
-            signs.step((sum(values) for values in each), learning_rate(step, steps, sign_lr))
+            each = (total([values[i] for _, values in parts], matrix) for i, matrix in enumerate(signs.signs))
+            signs.step(each, learning_rate(step, steps, sign_lr))
         if (step + 1) % every == 0 or step + 1 == steps:
             now = evaluate()
             if math.isfinite(now) and now < best:

@@ -15,7 +15,8 @@ them has done to their input and to the residual stream (the pre-tuning of the d
 Then W* is factorized with H as the metric of its inputs, so that the factors' error is small where inputs are large.
 
 One block and its factors are in memory at a time. The streams are kept by `blocks.Activations`, in memory or in a file.
-A resumed run takes the streams through the finished blocks again, which costs seconds a block.
+A resumed run takes the streams through the finished blocks again, which costs seconds a block. Of several processes
+each has a share of the windows in its streams, and factorizes a share of each group.
 """
 
 import contextlib
@@ -28,7 +29,7 @@ from functools import partial
 import torch
 from torch import nn
 
-from . import blocktune
+from . import blocktune, parallel
 from .blocks import Activations, BlockModel, apply_norms, block_prefix, linears, replace
 from .checkpoint import WorkFolder, block_file
 from .factors import pack_signs
@@ -49,12 +50,15 @@ class _Reached(Exception):
 class Streams:
     """Hidden states before the current block, of the dense model and of the one compressed so far.
 
-    windows [count, length] of token ids. `workers` windows are run side by side.
+    windows [count, length] of token ids; this process keeps the states of those whose numbers are in `own`. `workers`
+    windows are run side by side.
     """
 
     def __init__(self, model: BlockModel, windows: torch.Tensor, work: WorkFolder):
-        shape = (*windows.shape, model.config.hidden_size)
         self.model, (self.count, self.length) = model, windows.shape
+        self.own = parallel.share(range(self.count))
+        windows = parallel.share(windows)
+        shape = (*windows.shape, model.config.hidden_size)
         self.workers = model.workers(windows.shape[1], backward=False)
         self.dense, self.compressed = (Activations(*shape, model.dtype, work.path, MEMORY_BYTES) for _ in range(2))
         for number, window in enumerate(windows):
@@ -63,16 +67,21 @@ class Streams:
                 stream.write(slice(number, number + 1), hidden)
         model.release()
 
+    def place(self, number: int) -> slice:
+        """Where the streams have window `number`, one of `own`."""
+        here = self.own.index(number)
+        return slice(here, here + 1)
+
     def advance(self, index: int, stream: Activations, block: nn.Module) -> None:
         """Takes one of the streams through block `index`."""
 
         @torch.no_grad()
         def one(number: int) -> None:
-            place = slice(number, number + 1)
+            place = self.place(number)
             stream.write(place, self.model.run(index, block, stream.read(place)))
 
         with side_by_side(self.workers) as pool:
-            list(pool.map(one, range(self.count)))
+            list(pool.map(one, self.own))
 
     def moments(self, index: int, dense: nn.Module, compressed: nn.Module, group: list[str]):
         """H, C [n_in, n_in] and R [n_out, n_in] or None, float32, of a group of linears of block `index`."""
@@ -87,7 +96,7 @@ class Streams:
         def one(number: int) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
             found = []
             for stream, block in ((self.dense, dense), (self.compressed, compressed)):
-                hidden = stream.read(slice(number, number + 1)).to(self.model.device)
+                hidden = stream.read(self.place(number)).to(self.model.device)
                 local.seen = {}
                 with contextlib.suppress(_Reached):
                     self.model.run(index, block, hidden)
@@ -99,7 +108,7 @@ class Streams:
         h, c = (torch.zeros(n, n, device=self.model.device) for _ in range(2))
         r_sum, tokens = None, 0
         with _tapped((dense, compressed), taps, local), side_by_side(self.workers) as pool:
-            for (x, r), (x_hat, r_hat) in in_order(pool, one, range(self.count), 2 * self.workers):
+            for (x, r), (x_hat, r_hat) in in_order(pool, one, self.own, 2 * self.workers):
                 weighted = x_hat * self.token_weights(x_hat)
                 tokens += len(x)
                 h += x_hat.T @ weighted
@@ -107,7 +116,8 @@ class Streams:
                 if r is not None:
                     difference = ((r - r_hat).T @ weighted).float()
                     r_sum = difference if r_sum is None else r_sum.add_(difference)
-        return h.div_(tokens), c.div_(tokens), None if r_sum is None else r_sum.div_(tokens)
+        tokens = parallel.total(tokens)
+        return [None if value is None else parallel.total(value).div_(tokens) for value in (h, c, r_sum)]
 
     @staticmethod
     def token_weights(x: torch.Tensor) -> torch.Tensor:
@@ -175,7 +185,8 @@ def compress(
 ) -> None:
     """Compresses every linear of every block, in their order, over `windows` [count, length].
 
-    factorize  gets {name: W* [n_out, n_in]} of a group and H [n_in, n_in]; it puts every linear into the work folder
+    factorize  gets {name: W* [n_out, n_in]} of this process' share of a group and H [n_in, n_in]; when it returns,
+               every linear of the group is in the work folder
     tuning     None for none
     report     gets a block's number and the relative error of its output before and after tuning
     """
@@ -188,7 +199,7 @@ def compress(
             if any(name not in work.manifest["linears"] for name in group):
                 h, c, r = streams.moments(index, dense, compressed, group)
                 # all of them, so that a resumed run computes on as many threads and ends in the same bits
-                weights = {name: linears(index, dense)[name].weight for name in group}
+                weights = {name: linears(index, dense)[name].weight for name in parallel.share(group)}
                 weights = corrected(weights, h, c, r)
                 del c, r  # large
                 factorize(weights, h)
@@ -206,6 +217,7 @@ def compress(
                     options = {"lr": tuning.lr, "sign_lr": tuning.sign_lr, "seed": tuning.seed}
                     values, before, after = blocktune.tune(model, index, compressed, streams, last, pool, **options)
                 _store(work, index, compressed, values, tuning.sign_lr is not None)
+                parallel.wait()
                 report(index, before, after)
             apply_norms(compressed, block_prefix(index), work.final_norms())  # of a run before this one
         streams.advance(index, streams.compressed, compressed)

@@ -11,6 +11,8 @@
 `<linear>` is the Hugging Face module name ("model.layers.3.mlp.up_proj"). A file is written beside its target, flushed
 to the disk and renamed. A linear counts as finished once the manifest names it, the other files once they exist.
 What is read of a linear comes from the last of the files that has it: final, its block's, its own.
+
+Of several processes (`parallel`) the first alone writes; from the others only the files of linears come.
 """
 
 import contextlib
@@ -25,7 +27,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-from . import __version__
+from . import __version__, parallel
 from .errors import DBFError
 from .factors import Factors, pack_signs, unpack_signs
 
@@ -109,6 +111,8 @@ class WorkFolder:
         return cls(path, manifest)
 
     def save(self) -> None:
+        if not parallel.is_main():
+            return
         text = json.dumps(self.manifest, indent=1)
         write_atomically(self.path / "manifest.json", lambda part: part.write_text(text))
 
@@ -136,7 +140,11 @@ class WorkFolder:
     # --- tensors
 
     def write_tensors(self, name: str, tensors: dict[str, torch.Tensor], metadata: dict | None = None) -> None:
-        """Writes `name` ("final.safetensors") atomically."""
+        """Writes `name` ("final.safetensors") atomically. For another process to read it, both must `parallel.wait`."""
+        if parallel.is_main():
+            self._write(name, tensors, metadata)
+
+    def _write(self, name: str, tensors: dict[str, torch.Tensor], metadata: dict | None = None) -> None:
         tensors = {key: value.detach().contiguous().cpu() for key, value in tensors.items()}
         meta = {"dbf": json.dumps(metadata)} if metadata is not None else None
         write_atomically(self.path / name, lambda part: save_file(tensors, str(part), metadata=meta))
@@ -160,7 +168,7 @@ class WorkFolder:
             "signs_b": torch.from_numpy(pack_signs(factors.signs_b)),
             **{scale: getattr(factors, scale).float() for scale in SCALES},
         }
-        self.write_tensors(self._linear_file(name), tensors)
+        self._write(self._linear_file(name), tensors)
         self.manifest["linears"][name] = record
         self.save()
 

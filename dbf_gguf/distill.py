@@ -16,6 +16,7 @@ What makes it fit for a long night:
   every evaluation and every ten minutes. A resumed run repeats the steps since then exactly.
 - On a CPU the windows of a step run side by side, a share of the threads each; their gradients are added in a fixed
   order, so that the result depends on the number of threads alone.
+- Of several processes each takes a share of a step's windows, at least one; so a step may have more of them.
 - The state with the lowest KL on windows that are never trained on is what is returned, and once that has not fallen
   for PATIENCE evaluations it is over.
 """
@@ -29,6 +30,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from . import parallel
 from .checkpoint import SIGNS, WorkFolder
 from .errors import DBFError
 from .factors import pack_signs, unpack_signs
@@ -107,7 +109,8 @@ def distill(
             if minutes is not None and run.step - 1 in TIMED:
                 timed.append(time.monotonic() - begin)
                 if run.step - 1 == max(TIMED):
-                    affordable = max(run.step, int(60 * minutes / sorted(timed)[len(timed) // 2]))
+                    median = parallel.from_main(lambda: sorted(timed)[len(timed) // 2])
+                    affordable = max(run.step, int(60 * minutes / median))
                     steps = affordable if steps is None else min(steps, affordable)
                     work.manifest["tuning"] = {"steps": steps}
                     work.save()
@@ -127,7 +130,7 @@ def split(windows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, int]:
     Raises DBFError when the text is too short for both.
     """
     count, length = windows.shape
-    batch = max(1, STEP_TOKENS // length)
+    batch = max(parallel.count(), STEP_TOKENS // length)
     n_held_out = max(1, min(HELD_OUT_TOKENS // length, count // 8))
     held_out, training = windows[:n_held_out], windows[n_held_out:]
     if len(training) < batch:
@@ -147,7 +150,8 @@ class _Run:
         self.delta = nn.Parameter(torch.zeros_like(self.parameters.start))
         self.adam = torch.optim.Adam([self.delta], lr=0.0, betas=BETAS, eps=1e-12)
         self.head = teacher.get_output_embeddings().weight.detach()
-        self.workers = min(batch, torch.get_num_threads()) if self.head.device.type == "cpu" else 1
+        self.share = math.ceil(batch / parallel.count())  # windows of a step in this process, at most
+        self.workers = min(self.share, torch.get_num_threads()) if self.head.device.type == "cpu" else 1
         self.pool: ThreadPoolExecutor  # of so many threads, for the windows of a batch
         linears = {name: module for name, module in student.named_modules() if isinstance(module, DBFLinear)}
         self.linears = linears if train_signs else {}
@@ -169,17 +173,19 @@ class _Run:
             self._choose_linears()
         ids = windows[self._choice(len(windows))]
         # a fixed number of pieces, summed in their order: the same result whichever is ready first
-        parts = list(self.pool.map(lambda part: self._gradient(part, ids.numel()), ids.chunk(self.workers)))
-        kl = sum(part for part, _, _ in parts) / ids.numel()
+        pieces = parallel.share(ids).chunk(self.workers)
+        parts = list(self.pool.map(lambda part: self._gradient(part, ids.numel()), pieces))
+        kl = parallel.total(sum(part for part, _, _ in parts)) / ids.numel()
         self.step += 1
         if not math.isfinite(kl):
             raise DBFError(f"the tuning loss is not finite at step {self.step}: try --tune none, or more bits")
-        self.delta.grad = sum(gradient for _, gradient, _ in parts)
+        self.delta.grad = parallel.total(sum(gradient for _, gradient, _ in parts))
         self.adam.param_groups[0]["lr"] = rate
         self.adam.step()
         self.parameters.set(self.delta.detach())
         if self.chosen is not None:
-            self.chosen.step((sum(each) for each in zip(*(signs for _, _, signs in parts), strict=True)), sign_rate)
+            each = zip(*(signs for _, _, signs in parts), strict=True)
+            self.chosen.step((parallel.total(sum(values)) for values in each), sign_rate)
         return kl
 
     def _choose_linears(self) -> None:
@@ -215,7 +221,8 @@ class _Run:
         if self.chosen is not None:
             self.chosen.close()
             self.chosen = None
-        kl = sum(self.pool.map(self._kl, windows.split(math.ceil(self.batch / self.workers)))) / windows.numel()
+        pieces = [p for p in parallel.share(windows).split(math.ceil(self.share / self.workers)) if len(p)]
+        kl = parallel.total(sum(self.pool.map(self._kl, pieces))) / windows.numel()
         self.stale += 1
         if kl < self.best:
             self.best, self.stale = kl, 0

@@ -10,7 +10,8 @@ windows yields both, with one block in memory at a time and in memory that grows
                running sums of squares, no weight has a gradient
 
 A group is as many windows as `GROUP_BYTES` of inputs allow, so each block is read twice a group. Windows are added up
-in their order whatever the groups are, so that the result does not depend on these bounds.
+in their order whatever the groups are, so that the result does not depend on these bounds. Of several processes each
+does this with its share of the windows.
 """
 
 import shutil
@@ -21,6 +22,7 @@ from pathlib import Path
 
 import torch
 
+from . import parallel
 from .blocks import Activations, BlockModel, linears
 from .loss import cross_entropy
 from .threads import side_by_side
@@ -41,10 +43,13 @@ def measure(
     "<linear>.output": [n_out]} in float32 on the CPU: root of the mean over all tokens of the squared activation, and
     of the squared gradient of the mean next-token loss. Raises DBFError when a weight is missing or the disk is full.
     """
+    tokens = windows.numel()
+    windows = parallel.share(windows)
     count, length = windows.shape
     depth, d = len(model), model.config.hidden_size
     each = (depth + 1) * length * d * model.dtype.itemsize
-    group = min(count, max(1, max(MEMORY_BYTES, min(GROUP_BYTES, shutil.disk_usage(folder).free // 2)) // each))
+    free = shutil.disk_usage(folder).free // parallel.count()
+    group = min(count, max(1, max(MEMORY_BYTES, min(GROUP_BYTES, free // 2)) // each))
     # the input of block i for window w of the group is at i * group + w; at i = depth the last output, then gradients
     states = Activations((depth + 1) * group, length, d, model.dtype, folder, MEMORY_BYTES)
     sums: dict[str, torch.Tensor] = {}
@@ -74,8 +79,8 @@ def measure(
                 for name, module in linears(index, block).items():
                     module.register_forward_hook(partial(_count, name, local))
                 each_window(pool, partial(_backward, model, states, group, index, block, local), len(ids))
-    tokens = windows.numel()
-    return {f"{name}.{side}": (sums[f"{name}.{side}"] / tokens).sqrt().cpu() for name, side in _order(sums)}
+    keys = [f"{name}.{side}" for name, side in _order(sums)]
+    return {key: (parallel.total(sums[key]) / tokens).sqrt().cpu() for key in keys}
 
 
 def _order(sums: dict[str, torch.Tensor]) -> list[tuple[str, str]]:

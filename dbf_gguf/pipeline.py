@@ -4,6 +4,8 @@
 
 The file is written and evaluated anew every time. All that can be refused is refused before anything large is computed.
 The settings are recorded in the work folder, and a folder is never continued under other ones.
+
+Several processes (`parallel`) do the stages up to the tuning together; the first alone does all before and after them.
 """
 
 import fcntl
@@ -25,7 +27,7 @@ import gguf
 import torch
 from safetensors import safe_open
 
-from . import blockwise, calibration, distill, importance, sensitivity
+from . import blockwise, calibration, distill, importance, parallel, sensitivity
 from .blocks import BlockModel
 from .budget import MAX_BITS, MIN_BITS, adaptive_budget, bits_for_size, bits_per_weight, linear_bits, uniform_budget
 from .checkpoint import WorkFolder, block_file, read_tensors
@@ -90,15 +92,21 @@ def convert(source: ModelSource, model: str, output: Path, work_dir: Path, setti
     begin = time.monotonic()
     torch.set_num_threads(settings.threads)
     job = Job(source, settings, screen)
-    job.check(output, work_dir)
+    if parallel.is_main():
+        job.check(output, work_dir)
     try:
         with _work_folder(work_dir) as work:
             job.work = work
-            job.claim(model)
+            if parallel.is_main():
+                job.claim(model)
+            job.agree()
             job.measure_importance()
             job.allocate()
             job.factorize()
             job.tune()
+            parallel.leave()
+            if not parallel.is_main():
+                return
             job.export(output)
             job.evaluate()
             job.summary(output, time.monotonic() - begin)
@@ -112,7 +120,10 @@ def convert(source: ModelSource, model: str, output: Path, work_dir: Path, setti
 
 @contextmanager
 def _work_folder(path: Path):
-    """The work folder at `path`, new or begun, held for this process alone."""
+    """The work folder at `path`, new or begun, held for this process alone; one to read for those beside the first."""
+    if not parallel.is_main():
+        yield WorkFolder(path, {})
+        return
     try:
         path.mkdir(parents=True, exist_ok=True)
         lock = open(path / ".lock", "w")  # noqa: SIM115, closed below
@@ -243,6 +254,9 @@ class Job:
             self.windows = read_tensors(work_dir / WINDOWS)
         else:
             self.windows = self._cut_windows()
+        least = min(len(self.windows[name]) for name in ("calibration", "blocks") if name in self.windows)
+        if least < parallel.count():
+            raise DBFError(f"{parallel.count()} processes cannot share {least} windows of text: start fewer")
         if s.eval_windows:
             try:
                 text = calibration.wiki_text("evaluation")
@@ -289,6 +303,8 @@ class Job:
             self.claimed |= {"tune_sign_lr": s.tune_sign_lr}
         if s.budget != "uniform":
             self.claimed |= {"budget": self.recorded_budget}
+        if parallel.count() > 1:  # for the last bits, and the windows of a step
+            self.claimed |= {"processes": parallel.count()}
         work.claim("convert", self.claimed | {"model": self.source.origin, "weights": self.weights})
         path = Path(model).expanduser()
         local = self.source.recipe is None and path.exists()
@@ -297,6 +313,14 @@ class Job:
         work.save()
         if not work.has(WINDOWS):
             work.write_tensors(WINDOWS, self.windows)
+
+    def agree(self) -> None:
+        """Tells the other processes what the first has found out in `check` and `claim`."""
+        names = ("settings", "shapes", "files", "weights", "budget", "curves", "windows")
+        found = parallel.from_main(lambda: {name: getattr(self, name, None) for name in names})
+        found["settings"] = replace(found["settings"], device=self.settings.device)
+        vars(self).update(found)
+        self.work.manifest = parallel.from_main(lambda: self.work.manifest)
 
     # --- stages
 
@@ -315,6 +339,7 @@ class Job:
         with self.screen.progress("importance", None) as update:
             tensors = importance.measure(self.block_model(), windows, self.work.path, update)
         self.work.write_tensors("importance.safetensors", tensors)
+        parallel.wait()
         seconds = time.monotonic() - begin
         self.screen.line(f"importance: {len(windows)} windows of {windows.shape[1]} tokens, {seconds:.0f} s")
 
@@ -332,7 +357,8 @@ class Job:
         if s.budget == "adaptive":
             self._measure_effects()
         self.budget = adaptive_budget(self.shapes, s.bits, self.curves)
-        sensitivity.write(work.path / BUDGET, self.weights, self.curves, bits=s.bits, k=self.budget)
+        if parallel.is_main():
+            sensitivity.write(work.path / BUDGET, self.weights, self.curves, bits=s.bits, k=self.budget)
         work.manifest["budget"] = self.budget
         work.save()
         each = [bits_per_weight(self.shapes, {name: k}) for name, k in self.budget.items()]
@@ -341,7 +367,7 @@ class Job:
 
     def _measure_effects(self) -> None:
         path = self.work.path / BUDGET
-        self.curves = sensitivity.read(path, self.weights) if path.exists() else {}
+        self.curves = parallel.from_main(lambda: sensitivity.read(path, self.weights) if path.exists() else {})
         if len(self.curves) == len(self.shapes):
             self.screen.line("budget: measured before")
             return
@@ -350,25 +376,30 @@ class Job:
 
             def record(name: str, curve) -> None:
                 self.curves[name] = curve
-                sensitivity.write(path, self.weights, self.curves)
+                if parallel.is_main():
+                    sensitivity.write(path, self.weights, self.curves)
                 update(len(self.curves))
 
+            own = parallel.share([name for name in self.shapes if name not in self.curves])
             sensitivity.measure(
                 self.load_dense(),
                 self.windows["calibration"].long(),
                 self.work.read_tensors("importance.safetensors"),
-                known=tuple(self.curves),
+                known=self.shapes.keys() - set(own),
                 workers=self._workers("measuring_workers", widest),
                 seed=self.settings.seed,
                 record=record,
             )
+            for curves in parallel.gather(self.curves):
+                self.curves |= curves
 
     def _workers(self, key: str = "workers", widths: dict[str, int] | None = None) -> int:
         """How many linears are at work at a time. The last bits depend on it, so the manifest keeps it under `key`."""
         if self.kind != "cpu":
             return 1
         if key not in self.work.manifest:
-            threads, memory, widths = self.settings.threads, available_memory(), widths or self.budget
+            memory = available_memory() // parallel.count()
+            threads, widths = self.settings.threads, widths or self.budget
             metric = self.settings.blocks != "none"
             workers = min(workers_for(threads, *self.shapes[name], k, memory, metric) for name, k in widths.items())
             self.work.manifest[key] = workers
@@ -386,11 +417,13 @@ class Job:
         with self.screen.progress("factorization", total, done) as update:
             if self.settings.blocks == "none":
                 units = [u for u in self.units(self.budget) if any(name not in work.manifest["linears"] for name in u)]
-                self._factorize_units(units, self._read_weight, tensors, None, self._workers(), update)
+                for some in parallel.rounds(units, self._workers()):
+                    own = parallel.share(some)
+                    self._factorize_units(own, self._read_weight, tensors, None, self._workers(), update)
                 return
 
             def group(weights: dict[str, torch.Tensor], moment: torch.Tensor) -> None:
-                workers = min(self._workers(), len(weights))
+                workers = max(1, min(self._workers(), len(weights)))
                 self._factorize_units(self.units(weights), weights.get, tensors, moment, workers, update)
 
             s, tuning = self.settings, None
@@ -409,18 +442,28 @@ class Job:
         self.screen.line(f"blk.{index:<14} tuned, relative error of what it adds {before:.4f} -> {after:.4f}")
 
     def _factorize_units(self, units: list, weight: Callable, tensors: dict, moment, workers: int, update) -> None:
-        work = self.work
+        """Puts the linears of `units`, and what the other processes do meanwhile, into the work folder."""
+        work, finished = self.work, {}
         with side_by_side(workers) as pool:
             # no list of the futures is kept: each holds its factors as long as it lives
             for future in as_completed([pool.submit(self._factorize_unit, u, weight, tensors, moment) for u in units]):
                 for name, factors, error, seconds in future.result():
-                    bits = linear_bits(factors.n_out, factors.n_in, factors.k) / (factors.n_out * factors.n_in)
-                    record = {"k": factors.k, "error": error, "seconds": round(seconds, 2)}
-                    work.write_linear(name, factors, record)
-                    self.screen.line(
-                        f"{gguf_name(name):<18} k={factors.k:<5} {bits:.2f} bits  err {error:.4f}  {seconds:.1f} s"
-                    )
+                    finished[name] = {"k": factors.k, "error": error, "seconds": round(seconds, 2)}
+                    work.write_linear(name, factors, finished[name])
+                    self._report_linear(name, finished[name])
                 update(len(work.linears()))
+        for others in parallel.gather(finished):
+            for name in [name for name in others if name not in finished]:
+                work.manifest["linears"][name] = others[name]
+                work.save()
+                self._report_linear(name, others[name])
+                update(len(work.linears()))
+
+    def _report_linear(self, name: str, record: dict) -> None:
+        (n_out, n_in), k = self.shapes[name], record["k"]
+        bits = linear_bits(n_out, n_in, k) / (n_out * n_in)
+        error, seconds = record["error"], record["seconds"]
+        self.screen.line(f"{gguf_name(name):<18} k={k:<5} {bits:.2f} bits  err {error:.4f}  {seconds:.1f} s")
 
     def units(self, names: Iterable[str]) -> list[list[str]]:
         """The linears that are factorized together: one by one on a CPU, on other devices equal ones of a block.

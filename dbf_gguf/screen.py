@@ -12,9 +12,9 @@ from rich.progress import Progress as RichProgress
 
 
 class Screen:
-    def __init__(self):
+    def __init__(self, quiet: bool = False):
         # plain text: no wrapping at 80 columns in a log, no colours in names that happen to look like markup
-        self.console = Console(highlight=False, markup=False, soft_wrap=True)
+        self.console = Console(highlight=False, markup=False, soft_wrap=True, quiet=quiet)
 
     def line(self, text: str = "") -> None:
         self.console.print(text)
@@ -30,7 +30,8 @@ class Screen:
             TextColumn("left"),
             TimeRemainingColumn(),
         )
-        bar = RichProgress(*columns, console=self.console, transient=True, disable=not self.console.is_terminal)
+        hidden = self.console.quiet or not self.console.is_terminal
+        bar = RichProgress(*columns, console=self.console, transient=True, disable=hidden)
         with bar:
             task = bar.add_task(title, total=total, completed=done)
             yield lambda completed, total=None: bar.update(task, completed=completed, total=total)

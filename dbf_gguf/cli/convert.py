@@ -3,7 +3,7 @@
 import math
 import os
 import re
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import click
@@ -93,7 +93,7 @@ Example:
 @click.option("--tune-sign-lr", type=click.FloatRange(0, min_open=True), help="Rate for latent signs.")
 @click.option("--embedding-type", help="GGUF type of the embeddings: q8_0, q6_k, f16, …")
 @click.option("--output-type", help="GGUF type of the output head, where it is not tied to the embeddings.")
-@click.option("--threads", type=click.IntRange(1), help="CPU threads.  [default: all cores]")
+@click.option("--threads", type=click.IntRange(1), help="CPU threads of each process.  [default: all cores, divided]")
 @click.option("--device", help="cpu, cuda, cuda:1, mps.  [default: cuda where torch finds it, else cpu]")
 @click.option(
     "--budget",
@@ -126,13 +126,31 @@ def command(model: str, output: Path | None, work: Path | None, resume: bool, **
     # set before torch is loaded.
     os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 
-    from ..budget import uniform_budget
-    from ..gguf_writer import check_output
+    from .. import parallel
     from ..pipeline import convert
     from ..screen import Screen
+
+    with parallel.together():
+        device = parallel.own_device(_device(options.pop("device")))
+        source, output, work, settings = parallel.from_main(
+            lambda: _resolved(model, output, work, resume, device, options)
+        )
+        screen = Screen(quiet=not parallel.is_main())
+        shown = {"model": f"{source.name} ({source.origin})", "output": output, "work": work} | asdict(settings)
+        if parallel.count() > 1:
+            shown["processes"] = parallel.count()
+        for name, value in shown.items():
+            if value is not None:
+                screen.line(f"{name.replace('_', ' '):<16} {value}")
+        convert(source, model, output, work, replace(settings, device=device), screen)
+
+
+def _resolved(model: str, output: Path | None, work: Path | None, resume: bool, device: str, options: dict) -> tuple:
+    """(source, output, work, settings), of which the last three may have come from defaults."""
+    from ..budget import uniform_budget
+    from ..gguf_writer import check_output
     from ..source import resolve
 
-    device = _device(options.pop("device"))
     size = options["size"]
     if size is not None:
         options["size"] = parse_size(size)
@@ -148,12 +166,7 @@ def command(model: str, output: Path | None, work: Path | None, resume: bool, **
         work = output.with_name(f"{output.name.removesuffix('.gguf')}-work")
         if not resume and (work / "manifest.json").exists():
             raise DBFError(f"{work} holds an earlier convert: --resume goes on with it, --work names another folder")
-    screen = Screen()
-    shown = {"model": f"{source.name} ({source.origin})", "output": output, "work": work} | asdict(settings)
-    for name, value in shown.items():
-        if value is not None:
-            screen.line(f"{name.replace('_', ' '):<16} {value}")
-    convert(source, model, output, work, settings, screen)
+    return source, output, work, settings
 
 
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -181,6 +194,7 @@ def _device(name: str | None) -> str:
 
 def resolve_settings(source, device: str, options: dict):
     """The settings of a run: options where given, else the model's recipe, else the defaults of a model without one."""
+    from .. import parallel
     from ..factorize import OUTER_ITERATIONS
     from ..machine import available_cpus
     from ..pipeline import Settings
@@ -223,7 +237,7 @@ def resolve_settings(source, device: str, options: dict):
         embedding_type=chosen("embedding_type", recipe.embedding_type),
         output_type=chosen("output_type", recipe.output_type),
         seed=options["seed"],
-        threads=chosen("threads", available_cpus()),
+        threads=chosen("threads", max(1, available_cpus() // parallel.count())),
         device=device,
         eval_windows=options["eval_windows"],
     )
