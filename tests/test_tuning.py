@@ -7,7 +7,9 @@ The models are tiny and random: what is compared is arithmetic and bookkeeping, 
 import copy
 import math
 import re
+import tempfile
 import threading
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -1234,12 +1236,19 @@ def test_a_run_that_diverges_is_refused(llama, work):
 # --- effects of single linears
 
 
+def importance_of(model, windows) -> dict[str, torch.Tensor]:
+    """`importance.measure` of a model that is in memory."""
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        return importance.measure(BlockModel(folder), windows, Path(folder))
+
+
 def measured(model, windows, workers: int = 1, known=()) -> dict:
     curves = {}
     sensitivity.measure(
         model,
         windows,
-        importance.measure(model, windows),
+        importance_of(model, windows),
         known=known,
         workers=workers,
         seed=0,
@@ -1255,7 +1264,7 @@ def test_effect_is_the_kl_of_one_compressed_linear(kind):
     curves = measured(model, windows)
     assert curves.keys() == block_linears(model).keys()
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
-    tensors = importance.measure(model, windows)
+    tensors = importance_of(model, windows)
     for name in list(curves)[::5]:
         weights = block_linears(model)[name].weight[None]
         options = {"importance_in": tensors[f"{name}.input"][None], "importance_out": tensors[f"{name}.output"][None]}
@@ -1289,7 +1298,7 @@ def test_a_linear_without_effect_has_a_curve():
 
 def test_weights_that_cannot_be_factorized_are_named():
     model, windows = tiny("llama-tied"), ids(4, 50)
-    tensors = importance.measure(model, windows)
+    tensors = importance_of(model, windows)
     block_linears(model)["model.layers.0.mlp.up_proj"].weight.data[3, 5] = math.nan
     with pytest.raises(DBFError, match="layers.0.mlp.up_proj") as error:
         sensitivity.measure(model, windows, tensors, known=(), workers=1, seed=0, record=lambda name, curve: None)
