@@ -204,13 +204,7 @@ class Job:
         smallest = planned_size(
             self.source.folder,
             {name: (n_out, least[name], n_in) for name, (n_out, n_in) in self.shapes.items()},
-            embedding_type=s.embedding_type,
-            output_type=s.output_type,
-            llama_cpp=self.tree,
-            tokenizer_gguf=self.source.gguf,
-            name=self.source.name,
-            source=self.source.origin,
-            settings=asdict(s),
+            **self._file_options(asdict(s)),
         )
         wanted = f"--size: {self.source.name} with {s.embedding_type} embeddings"
         if s.size < smallest:
@@ -285,6 +279,11 @@ class Job:
         }
         if tokens:
             distill.split(cut["tuning"])  # refuses a text that is too short
+        if s.blocks in ("scales", "signs") and len(cut["blocks"]) < 2 * parallel.count():
+            raise DBFError(
+                f"--block-tokens {s.block_tokens} or the calibration text is too little to tune blocks on: "
+                f"{len(cut['blocks'])} windows of {s.seq_len} tokens; give more, a smaller --seq-len, or --blocks fit"
+            )
         return cut
 
     def claim(self, model: str) -> None:
@@ -556,18 +555,19 @@ class Job:
         recorded |= {"budget": self.recorded_budget}
         recorded |= {f"tune_{key}": value for key, value in self.work.manifest.get("tuning", {}).items()}
         self.screen.line(f"writing {output}")
-        write_gguf(
-            output,
-            self.source.folder,
-            work=self.work,
-            embedding_type=s.embedding_type,
-            output_type=s.output_type,
-            llama_cpp=self.tree,
-            tokenizer_gguf=self.source.gguf,
-            name=self.source.name,
-            source=self.source.origin,
-            settings=recorded,
-        )
+        write_gguf(output, self.source.folder, work=self.work, **self._file_options(recorded))
+
+    def _file_options(self, recorded: dict) -> dict:
+        """What the file has beside its tensors, and in which types: the arguments of `write_gguf`."""
+        return {
+            "embedding_type": self.settings.embedding_type,
+            "output_type": self.settings.output_type,
+            "llama_cpp": self.tree,
+            "tokenizer_gguf": self.source.gguf,
+            "name": self.source.name,
+            "source": self.source.origin,
+            "settings": recorded,
+        }
 
     # --- what came out
 

@@ -306,6 +306,7 @@ def test_bad_models(kind, model, text, tmp_path, monkeypatch, capsys):
         (["--device", "abacus"], "torch finds no device abacus"),
         (["--tune-tokens", "999999", "--seq-len", "500", "--calib", "SHORT"], "too short"),
         (["--tune-tokens", "999999", "--calib", "FEW"], "too short to tune on"),
+        (["--blocks", "signs", "--block-tokens", "64"], "too little to tune blocks on: 1 windows of 64 tokens"),
         (["--tune-minutes", "nan"], "must be finite"),
         (["--size", "1MiB"], "--bits and --size"),
         (["--budget", "none.json"], "none.json cannot be read"),
