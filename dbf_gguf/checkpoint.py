@@ -197,7 +197,7 @@ class WorkFolder:
         for file, prefix in [*files, (self._linear_file(name), "")]:
             if self.has(file):
                 with safe_open(str(self.path / file), "pt") as f:
-                    if prefix + parts[0] in f.keys():  # noqa: SIM118, it is no mapping
+                    if {prefix + part for part in parts} & set(f.keys()):  # a file with one of them must have all
                         return {part: f.get_tensor(prefix + part) for part in parts}
         raise DBFError(f"{self.path} has no factors of {name}: it is damaged, start anew with another --work")
 
