@@ -31,7 +31,7 @@ from torch import nn
 
 from . import blocktune, parallel
 from .blocks import Activations, BlockModel, apply_norms, block_prefix, linears, replace
-from .checkpoint import WorkFolder, block_file
+from .checkpoint import SIGNS, WorkFolder, block_file
 from .factors import pack_signs
 from .model import DBFLinear
 from .threads import in_order, side_by_side
@@ -220,7 +220,8 @@ def compress(
                 parallel.wait()
                 report(index, before, after)
             apply_norms(compressed, block_prefix(index), work.final_norms())  # of a run before this one
-        streams.advance(index, streams.compressed, compressed)
+        if index + 1 < len(model):
+            streams.advance(index, streams.compressed, compressed)
 
 
 def _store(work: WorkFolder, index: int, block: nn.Module, values: dict[str, torch.Tensor], signs: bool) -> None:
@@ -229,7 +230,7 @@ def _store(work: WorkFolder, index: int, block: nn.Module, values: dict[str, tor
     if signs:
         for name, module in block.named_modules():
             if isinstance(module, DBFLinear):
-                for matrix in ("signs_a", "signs_b"):
+                for matrix in SIGNS:
                     packed = pack_signs(getattr(module, matrix).to(torch.int8).cpu())
                     tensors[f"{prefix}{name}.{matrix}"] = torch.from_numpy(packed)
     work.write_tensors(block_file(index), tensors)
