@@ -46,6 +46,7 @@ TARGETS = (
     "llama-bench",
     "llama-imatrix",
     "test-backend-ops",
+    "llama-dbf-matvec",
     "llama-cli",
     "llama-server",
 )
