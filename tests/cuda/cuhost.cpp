@@ -79,6 +79,8 @@ unsigned n_barriers;
 bool     running;
 
 char *   block_memory;
+void **  garbage;  // shared memory of blocks that are done
+unsigned n_garbage;
 
 void (*kernel_body)(void *);
 void * kernel_arg;
@@ -310,13 +312,28 @@ char * shared_memory() {
     return block_memory;
 }
 
-void launch(dim3 grid, dim3 block, size_t shared_bytes, void (*body)(void *), void * arg) {
+void synchronize() {
+    acquire(&end_tag);
+    for (unsigned i = 0; i < n_garbage; ++i) {
+        free(garbage[i]);
+    }
+    n_garbage = 0;
+}
+
+void wait_for_previous_grid() {
+    acquire(&end_tag);
+}
+
+void launch(dim3 grid, dim3 block, size_t shared_bytes, start when, void (*body)(void *), void * arg) {
     const unsigned n = block.x*block.y*block.z;
     if (n == 0 || n > MAX_THREADS || n % 32 != 0 || block.y != 1 || block.z != 1) {
         fail("block size: a multiple of 32 up to 1024, in x");
     }
     if (grid.x == 0 || grid.y == 0 || grid.z == 0 || grid.y > 65535 || grid.z > 65535 || grid.x > INT32_MAX) {
         fail("grid size");
+    }
+    if (when == start::in_order) {
+        synchronize();
     }
     gridDim     = grid;
     blockDim    = block;
@@ -329,26 +346,22 @@ void launch(dim3 grid, dim3 block, size_t shared_bytes, void (*body)(void *), vo
 
     // Each block has shared memory of its own, freed when all are done: to ThreadSanitizer blocks run side by side.
     const unsigned n_blocks = grid.x*grid.y*grid.z;
-    unsigned * order  = (unsigned *) malloc(n_blocks*sizeof(unsigned));
-    char **    shared = (char **)    malloc(n_blocks*sizeof(char *));
+    unsigned * order = (unsigned *) malloc(n_blocks*sizeof(unsigned));
+    garbage = (void **) realloc(garbage, (n_garbage + n_blocks)*sizeof(void *));
     make_order(order, n_blocks);
+    static unsigned n_run = 0;
     for (unsigned i = 0; i < n_blocks; ++i) {
         blockIdx     = { order[i] % grid.x, order[i]/grid.x % grid.y, order[i]/(grid.x*grid.y) };
-        shared[i]    = shared_bytes > 0 ? (char *) malloc(shared_bytes) : nullptr;
-        block_memory = shared[i];
+        block_memory = shared_bytes > 0 ? (char *) malloc(shared_bytes) : nullptr;
         if (shared_bytes > 0) {
             memset(block_memory, config.poison, shared_bytes);
+            garbage[n_garbage++] = block_memory;
         }
-        fibers  = fiber_sets[i % SETS];
+        fibers  = fiber_sets[n_run++ % SETS];
         running = true;
         run_block(block);
         running = false;
     }
-    acquire(&end_tag);
-    for (unsigned i = 0; i < n_blocks; ++i) {
-        free(shared[i]);
-    }
-    free(shared);
     free(order);
 }
 

@@ -66,12 +66,20 @@ struct settings {
 
 extern settings config;
 
-// Runs body(arg) once in every thread of the grid, block after block; returns when all are done.
-void launch(dim3 grid, dim3 block, size_t shared_bytes, void (*body)(void *), void * arg);
+// Runs body(arg) once in every thread of the grid, block after block; returns when all are done. An early launch is one with
+// programmatic stream serialization: it may begin while the grid before it still runs, and sees what that wrote only after
+// wait_for_previous_grid(). It does not really run earlier here, but ThreadSanitizer knows no other order.
+enum class start { in_order, early };
 
-template <class F> void launch(dim3 grid, dim3 block, size_t shared_bytes, F body) {
-    launch(grid, block, shared_bytes, [](void * f) { (*(F *) f)(); }, &body);
+void launch(dim3 grid, dim3 block, size_t shared_bytes, start when, void (*body)(void *), void * arg);
+
+template <class F> void launch(dim3 grid, dim3 block, size_t shared_bytes, F body, start when = start::in_order) {
+    launch(grid, block, shared_bytes, when, [](void * f) { (*(F *) f)(); }, &body);
 }
+
+void wait_for_previous_grid();  // in a kernel: griddepcontrol.wait
+
+void synchronize();  // on the host, before it reads what kernels wrote
 
 // Dynamic shared memory of the block that runs.
 char * shared_memory();
