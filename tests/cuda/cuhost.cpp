@@ -18,6 +18,10 @@
 #endif
 
 #ifndef __x86_64__
+#define CUHOST_UCONTEXT
+#endif
+
+#ifdef CUHOST_UCONTEXT
 #include <ucontext.h>
 #endif
 
@@ -42,10 +46,10 @@ struct fiber {
     state    st;
     uint3    index;
     char *   stack;
-#ifdef __x86_64__
-    void *   sp;
-#else
+#ifdef CUHOST_UCONTEXT
     ucontext_t context;
+#else
+    void *   sp;
 #endif
     void *   fake_stack;  // AddressSanitizer's
     void *   tsan;
@@ -87,7 +91,7 @@ void * kernel_arg;
 
 // ---- switching stacks
 
-#ifdef __x86_64__
+#ifndef CUHOST_UCONTEXT
 // swapcontext() would do, but asks the kernel to save the signal mask each time, which takes longer than all the rest here.
 extern "C" void cuhost_switch(void ** save, void * load);
 asm(R"(
@@ -114,10 +118,10 @@ cuhost_switch:
 #endif
 
 void switch_stack(fiber & from, fiber & to) {
-#ifdef __x86_64__
-    cuhost_switch(&from.sp, to.sp);
-#else
+#ifdef CUHOST_UCONTEXT
     swapcontext(&from.context, &to.context);
+#else
+    cuhost_switch(&from.sp, to.sp);
 #endif
 }
 
@@ -214,19 +218,19 @@ void make_fiber(unsigned i, dim3 block) {
         f.tsan = __tsan_create_fiber(0);
 #endif
     }
-#ifdef __x86_64__
+#ifdef CUHOST_UCONTEXT
+    getcontext(&f.context);
+    f.context.uc_stack.ss_sp   = f.stack;
+    f.context.uc_stack.ss_size = STACK;
+    f.context.uc_link          = nullptr;
+    makecontext(&f.context, fiber_main, 0);
+#else
     // what cuhost_switch pops: six registers, then the address it returns to. fiber_main must find its stack as if it had
     // been called, 8 bytes short of a multiple of 16.
     void ** top = (void **) (f.stack + STACK) - 2;
     *top = (void *) fiber_main;
     f.sp = top - 6;
     memset(f.sp, 0, 6*sizeof(void *));
-#else
-    getcontext(&f.context);
-    f.context.uc_stack.ss_sp   = f.stack;
-    f.context.uc_stack.ss_size = STACK;
-    f.context.uc_link          = nullptr;
-    makecontext(&f.context, fiber_main, 0);
 #endif
 }
 

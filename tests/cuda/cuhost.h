@@ -192,17 +192,12 @@ inline unsigned __dp4a(unsigned a, unsigned b, unsigned c) {
     return c;
 }
 
-// prmt.b32: each nibble of the selector picks one of eight bytes, or with bit 3 that byte's sign eight times
+// three bits of each nibble of the selector pick one of eight bytes
 inline unsigned __byte_perm(unsigned a, unsigned b, unsigned selector) {
     const uint64_t bytes  = (uint64_t) b << 32 | a;
     unsigned       result = 0;
     for (int i = 0; i < 4; ++i) {
-        const unsigned pick = selector >> 4*i & 15;
-        unsigned byte = (unsigned) (bytes >> 8*(pick & 7)) & 0xff;
-        if (pick & 8) {
-            byte = byte & 0x80 ? 0xff : 0;
-        }
-        result |= byte << 8*i;
+        result |= ((unsigned) (bytes >> 8*(selector >> 4*i & 7)) & 0xff) << 8*i;
     }
     return result;
 }

@@ -85,7 +85,8 @@ template <class T> inline T rem(T a, T b) {
 template <class T> inline T bit_and(T a, T b) { return a & b; }
 template <class T> inline T bit_or (T a, T b) { return a | b; }
 template <class T> inline T bit_xor(T a, T b) { return a ^ b; }
-template <class T> inline T bit_not(T a)      { return std::is_same<T, bool>::value ? !a : (T) ~a; }
+template <class T> inline T bit_not(T a)      { return (T) ~a; }
+template <> inline bool bit_not(bool a)       { return !a; }
 
 // shifts by the width and more give what the last bit leaves behind
 template <class T> inline T shl(T a, uint32_t n) {
@@ -133,6 +134,18 @@ inline uint32_t lop3(uint32_t a, uint32_t b, uint32_t c, uint32_t table) {
     for (int i = 0; i < 8; ++i) {
         if (table >> i & 1) {
             result |= (i & 4 ? a : ~a) & (i & 2 ? b : ~b) & (i & 1 ? c : ~c);
+        }
+    }
+    return result;
+}
+
+// like __byte_perm, but with a fourth bit in each nibble: instead of the byte its sign, eight times
+inline uint32_t prmt(uint32_t a, uint32_t b, uint32_t selector) {
+    uint32_t result = __byte_perm(a, b, selector);
+    for (int i = 0; i < 4; ++i) {
+        if (selector >> 4*i & 8) {
+            const uint32_t sign = result >> 8*i & 0x80 ? 0xff : 0;
+            result = (result & ~(0xffu << 8*i)) | sign << 8*i;
         }
     }
     return result;

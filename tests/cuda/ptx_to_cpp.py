@@ -2,21 +2,22 @@
 
     python tests/cuda/ptx_to_cpp.py kernels.ptx > kernels_ptx.cpp
 
-What is tested that way is not the kernel's source but what the compiler made of it: inline assembly, the branches for one
-architecture, unrolling, address arithmetic, contraction to fma, flushed denormals and approximate division.
+What is tested that way is not the kernel's source but what the compiler made of it: inline assembly, the branches for
+one architecture, unrolling, address arithmetic, contraction to fma, flushed denormals and approximate division.
 
-A kernel becomes a C++ function of the same (mangled) name and the same parameters. So a program that was compiled against
-the declarations of the kernels links with either: with g++'s object of their source or with this.
+A kernel becomes a C++ function of the same (mangled) name and the same parameters. So a program that was compiled
+against the declarations of the kernels links with either: with g++'s object of their source or with this.
 
     PTX                                             C++
     .reg .b32 %r<9>;                                uint32_t r_r1 = POISON, ..., r_r8 = POISON;
     @%p1 bra $L__BB0_2;                             if (r_p1) { goto L__BB0_2; }
     mul.wide.u32 %rd4, %r1, 4;                      write(r_rd4, ptx::mul_wide<uint32_t>(read<uint32_t>(r_r1), 4));
-    ld.global.cs.v4.u32 {%r5,%r6,%r7,%r8}, [%rd4];  four reads through ptx::at<uint32_t, 4>(address), which checks alignment
+    ld.global.cs.v4.u32 {%r5,%r6,%r7,%r8}, [%rd4];  four reads through ptx::at<uint32_t, 4>(address), which checks
+                                                    the alignment
     mma.sync.aligned.m16n8k32...                    cuhost::mma_u8s8_m16n8k32(...)
 
-Registers are untyped in PTX, an instruction says how it takes them: read and write copy bits. Shared addresses are offsets
-from the block's shared memory. The arithmetic itself is in ptx_runtime.h.
+Registers are untyped in PTX, an instruction says how it takes them: read and write copy bits. Shared addresses are
+offsets from the block's shared memory. The arithmetic itself is in ptx_runtime.h.
 
 An instruction, modifier or operand that is not known here is an error that names it: nothing is skipped over.
 """
@@ -28,7 +29,6 @@ from pathlib import Path
 C_TYPES = {
     "pred": "bool",
     "f32": "float",
-    "f64": "double",
     "f16": "uint16_t",
     "f16x2": "uint32_t",
     **{f"{kind}{bits}": f"{'' if kind == 's' else 'u'}int{bits}_t" for kind in "bus" for bits in (8, 16, 32, 64)},
@@ -95,9 +95,10 @@ class Kernel:
         if re.fullmatch(r"0[fF][0-9a-fA-F]{8}", operand):
             return f"ptx::read<{c_type}>((uint32_t) 0x{operand[2:]})"
         if re.fullmatch(r"-?\d+U?|-?0[xX][0-9a-fA-F]+U?", operand):
-            if kind in ("f32", "f64"):
+            if kind == "f32":
                 raise Unknown(f"integer operand {operand!r} of a floating-point instruction")
-            return f"({c_type}) {operand.rstrip('U')}ll" if int(operand.rstrip("U"), 0) < 2**63 else f"({c_type}) {operand}ull"
+            digits = operand.rstrip("U")
+            return f"({c_type}) {digits}{'ll' if int(digits, 0) < 2**63 else 'ull'}"
         if operand in self.shared:
             return f"({c_type}) {self.shared[operand]}"
         if kind == "pred" and operand.startswith("!"):
@@ -141,7 +142,7 @@ class Kernel:
 
     def _call(self, function: str, args: list[str], kind: str, n: int, result: str | None = None) -> str:
         """args[0] = function<type>(args[1], ..., args[n])"""
-        if len(args) != n + 1 or kind not in C_TYPES:
+        if len(args) != n + 1:
             raise Unknown("operands")
         values = ", ".join(self.read(a, kind) for a in args[1:])
         return self.write(args[0], result or kind, f"ptx::{function}<{C_TYPES[kind]}>({values})")
@@ -159,6 +160,8 @@ class Kernel:
         if kind == "f32":
             return self._float(function, args, mods, n)
         self._take(mods)
+        if kind[0] not in "us":
+            raise Unknown("type")
         return self._call(function, args, kind, n)
 
     def op_add(self, args, mods, kind):
@@ -240,7 +243,8 @@ class Kernel:
 
     def _shift(self, name, args, mods, kind):
         self._take(mods)
-        return self.write(args[0], kind, f"ptx::{name}<{C_TYPES[kind]}>({self.read(args[1], kind)}, {self.read(args[2], 'u32')})")
+        value, count = self.read(args[1], kind), self.read(args[2], "u32")
+        return self.write(args[0], kind, f"ptx::{name}<{C_TYPES[kind]}>({value}, {count})")
 
     def op_shl(self, args, mods, kind):
         return self._shift("shl", args, mods, kind)
@@ -269,7 +273,7 @@ class Kernel:
 
     def op_prmt(self, args, mods, kind):
         self._take(mods)
-        return self.write(args[0], "u32", f"__byte_perm({', '.join(self.read(a, 'u32') for a in args[1:])})")
+        return self.write(args[0], "u32", f"ptx::prmt({', '.join(self.read(a, 'u32') for a in args[1:])})")
 
     def op_popc(self, args, mods, kind):
         return self.write(args[0], "u32", f"(uint32_t) __builtin_popcountll({self.read(args[1], kind)})")
@@ -292,7 +296,8 @@ class Kernel:
             parts = split(target[1:-1])
             bits = int(kind[1:]) // len(parts)
             whole = self.read(source, kind)
-            return " ".join(self.write(p, f"u{bits}", f"(uint{bits}_t) ({whole} >> {i*bits})") for i, p in enumerate(parts))
+            shifted = (f"(uint{bits}_t) ({whole} >> {i*bits})" for i in range(len(parts)))
+            return " ".join(self.write(p, f"u{bits}", value) for p, value in zip(parts, shifted, strict=True))
         return self.write(target, kind, self.read(source, kind))
 
     def op_cvta(self, args, mods, kind):
@@ -379,7 +384,7 @@ class Kernel:
                 space = mod
             elif mod in ("v2", "v4"):
                 elements = int(mod[1])
-            elif mod not in CACHING and not re.fullmatch(r"L[12]::(no_allocate|evict_\w+|\d+B)", mod) and mod != "shared::cta":
+            elif mod not in CACHING and not re.fullmatch(r"L[12]::(no_allocate|evict_\w+|\d+B)", mod):
                 raise Unknown(f"modifier {mod!r}")
         return space, elements
 
@@ -418,8 +423,9 @@ class Kernel:
             raise Unknown("shuffle")
         target, _, valid = args[0].partition("|")
         value, lane, clamp, mask = (self.read(a, "u32") for a in args[1:])
-        result = f"bool valid; const uint32_t v = ptx::shuffle(ptx::shuffle_mode::{mode}, {value}, {lane}, {clamp}, {mask}, valid); "
-        return result + self.write(target, "u32", "v") + (self.write(valid, "pred", "valid") if valid else "")
+        shuffle = f"ptx::shuffle(ptx::shuffle_mode::{mode}, {value}, {lane}, {clamp}, {mask}, valid)"
+        writes = self.write(target, "u32", "v") + (self.write(valid, "pred", "valid") if valid else "")
+        return f"bool valid; const uint32_t v = {shuffle}; {writes}"
 
     def op_vote(self, args, mods, kind):
         votes = {"ballot": "__ballot_sync", "any": "__any_sync", "all": "__all_sync"}
@@ -438,7 +444,8 @@ class Kernel:
         def values(operands, kind):
             return ", ".join(self.read(x, kind) for x in operands)
 
-        fragments = f"{c_type} c[] = {{ {values(c, kind)} }}; const uint32_t a[] = {{ {values(a, 'u32')} }}, b[] = {{ {values(b, 'u32')} }};"
+        fragments = f"{c_type} c[] = {{ {values(c, kind)} }}; "
+        fragments += f"const uint32_t a[] = {{ {values(a, 'u32')} }}, b[] = {{ {values(b, 'u32')} }};"
         ab = "a[0], b[0]" if len(a) == 1 else "a, b"
         results = " ".join(self.write(x, kind, f"c[{i}]") for i, x in enumerate(d))
         return f"{fragments} cuhost::{function}(c, {ab}); {results}"
@@ -485,13 +492,16 @@ class Kernel:
     def declare(self, text: str) -> str:
         """.reg .b32 %r<9>; and .reg .pred p, q; All begin with a value that nothing should depend on."""
         kind, _, names = text.strip().partition(" ")
+        if kind[1:] not in C_TYPES:
+            raise Unknown(f"{self.name}: registers of type {kind}")
         c_type = C_TYPES[kind[1:]]
         registers = []
         for name in names.split(","):
             match = re.fullmatch(r"([%\w$]+)<(\d+)>", name.strip())
             registers += [f"{match[1]}{i}" for i in range(1, int(match[2]))] if match else [name.strip()]
-        poison = {"bool": "true", "float": "ptx::read<float>(0x7fc0dead)"}.get(c_type, f"({c_type}) 0xdeaddeaddeaddeadull")
-        return f"[[maybe_unused]] {c_type} {', '.join(f'{register(r)} = {poison}' for r in registers)};" if registers else ""
+        poison = {"bool": "true", "float": "NAN"}.get(c_type, f"({c_type}) 0xdeaddeaddeaddeadull")
+        declared = ", ".join(f"{register(r)} = {poison}" for r in registers)
+        return f"[[maybe_unused]] {c_type} {declared};" if registers else ""
 
     def translate(self, body: str) -> list[str]:
         """Statements end in a semicolon; labels in a colon; braces open and close scopes in both languages."""
