@@ -48,6 +48,7 @@ DECODE_TYPES = ("F16", "Q2_K", "IQ2_XXS", "IQ1_S", "Q1_0")
 PAPER_NAMES = {"llama2-7b": "Llama-2-7B", "llama3-8b": "Llama-3-8B"}
 KLD_BOUND = 1e-3  # nats a token, mean: the card's logits against the CPU's
 CHECK_SHAPE, CHECK_BITS = replace(synthetic.SHAPES["llama2-7b"], n_layer=2), 2.0
+OPS = ("-o", "DBF_MUL_MAT")
 TEXT = Path(__file__).resolve().parent.parent / "README.md"  # any text does
 OUT_OF_MEMORY = re.compile(r"out of memory|failed to allocate|unable to allocate", re.IGNORECASE)
 
@@ -212,7 +213,7 @@ class Bench:
 
     def checks(self) -> None:
         heading(f"Is it right? The op on {self.device.name} against the CPU's")
-        command = [tool("test-backend-ops"), "test", "-b", self.device.name, "-o", "DBF_MUL_MAT"]
+        command = [tool("test-backend-ops"), "test", "-b", self.device.name, *OPS]
         ops = parse_ops(run(command, log=self.out / "ops.log", capture=True))
         self.result.checks["ops"] = ops
         counts = f"{ops['passed']} cases agree, {ops['failed']} do not, {ops['unsupported']} are not supported"
@@ -416,41 +417,37 @@ def plot(result: Result, path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    rows = [row for row in result.matvec if row["supported"] and row["tokens"] == result.settings["tokens"][0]]
-    shapes = list(dict.fromkeys((row["n_in"], row["n_out"]) for row in rows))
-    models = list(dict.fromkeys(row["model"] for row in result.decode if "tg" in row))
-    columns = max(len(shapes), len(models), 1)
-    figure, panels = plt.subplots(2, columns, figsize=(4.2 * columns, 8.5), squeeze=False, layout="constrained")
-    figure.suptitle(f"{result.device['description']} ({result.time[:10]}); diamonds: the paper, RTX 4090")
-
     def bars(panel, names: list[str], values: list[float], marks: list[float | None], title: str, label: str) -> None:
-        colours = ["tab:red" if name.startswith("DBF") else "tab:blue" for name in names]
         places = range(len(names))
-        panel.barh(places, values, color=colours, height=0.7)
-        for place, value in zip(places, values, strict=True):
-            text = f" {value:.0f}" if value >= 100 else f" {value:.1f}"
-            panel.annotate(text, (value, place), va="center", ha="left", fontsize=8)
-        found = [(mark, place) for mark, place in zip(marks, places, strict=True) if mark]
-        if found:
-            panel.scatter(*zip(*found, strict=True), marker="D", s=24, c="black", zorder=3)
-        panel.set_yticks(places, names, fontsize=8)
+        panel.barh(places, values, color=["tab:red" if name.startswith("DBF") else "tab:blue" for name in names])
+        found = [(mark, place) for place, mark in zip(places, marks, strict=True) if mark]
+        panel.scatter([mark for mark, _ in found], [place for _, place in found], marker="D", s=24, c="black", zorder=3)
+        digits = [0 if value >= 100 else 1 for value in values]
+        labels = [f"{name}  {value:.{d}f}" for name, value, d in zip(names, values, digits, strict=True)]
+        panel.set_yticks(places, labels, fontsize=9)
         panel.invert_yaxis()
-        panel.margins(x=0.18)
-        panel.set(title=title, xlabel=label)
-        panel.set_xlim(left=0)
+        panel.set(title=title, xlabel=label, xlim=(0, None))
         panel.grid(axis="x", linewidth=0.3)
 
-    for panel, shape in zip(panels[0], shapes, strict=False):
-        here = [row for row in rows if (row["n_in"], row["n_out"]) == shape]
-        names, marks = [matvec_name(row) for row in here], [paper_matvec(row) for row in here]
-        bars(panel, names, [row["us"] for row in here], marks, shape_name(*shape), "µs, less is better")
-    for panel, model in zip(panels[1], models, strict=False):
-        here = [row for row in result.decode if row["model"] == model and "tg" in row]
-        names, marks = [decode_name(row) for row in here], [paper_decode(row) for row in here]
-        title = PAPER_NAMES.get(model, model)
-        bars(panel, names, [row["tg"] for row in here], marks, title, "tokens a second, more is better")
-    for panel in [*panels[0][len(shapes) :], *panels[1][len(models) :]]:
-        panel.set_axis_off()
+    rows = [row for row in result.matvec if row["supported"] and row["tokens"] == result.settings["tokens"][0]]
+    shapes = list(dict.fromkeys((row["n_in"], row["n_out"]) for row in rows))
+    measured = [row for row in result.decode if "tg" in row]
+    models = list(dict.fromkeys(row["model"] for row in measured))
+    groups = [group for group in (shapes, models) if group]
+    figure = plt.figure(figsize=(4.2 * max(map(len, groups)), 4.4 * len(groups)), layout="constrained")
+    figure.suptitle(f"{result.device['description']}, {result.time[:10]}; red: DBF, diamonds: the paper on an RTX 4090")
+    for group, part in zip(groups, figure.subfigures(len(groups), 1, squeeze=False)[:, 0], strict=True):
+        for item, panel in zip(group, part.subplots(1, len(group), squeeze=False)[0], strict=True):
+            if group is shapes:
+                here = [row for row in rows if (row["n_in"], row["n_out"]) == item]
+                names, marks = [matvec_name(row) for row in here], [paper_matvec(row) for row in here]
+                title = f"{shape_name(*item)}, tokens: {here[0]['tokens']}"
+                bars(panel, names, [row["us"] for row in here], marks, title, "µs, less is better")
+            else:
+                here = [row for row in measured if row["model"] == item]
+                names, marks = [decode_name(row) for row in here], [paper_decode(row) for row in here]
+                title = PAPER_NAMES.get(item, item)
+                bars(panel, names, [row["tg"] for row in here], marks, title, "tokens a second, more is better")
     figure.savefig(path, dpi=100)
     plt.close(figure)
 
@@ -516,7 +513,7 @@ def measure(settings: Settings, device: Device, out: Path) -> Result:
     heading("Results")
     print(report(result))
     print(f"\nfigures: {out / 'gpu.json'}", end="", flush=True)
-    if result.matvec or result.decode:
+    if any(row["supported"] for row in result.matvec) or any("tg" in row for row in result.decode):
         plot(result, out / "gpu.png")
         print(f", picture: {out / 'gpu.png'}", end="")
     print(flush=True)

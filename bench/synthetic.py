@@ -15,6 +15,7 @@ The file is written front to back, one pool of random blocks at a time, so memor
 """
 
 import argparse
+import contextlib
 import json
 import math
 import os
@@ -47,7 +48,7 @@ BLOCKS = {
     "Q4_0": ({0: 1.0}, 4.6),
     "Q6_K": ({208: 1.0}, 1370.0),
     "Q2_K": ({80: 1.0, 82: 1.5}, 13.9),  # a minimum of 1.5 scales puts the mean at zero
-    "IQ2_XXS": ({0: 1.0}, 44.0),
+    "IQ2_XXS": ({0: 1.0}, 53.4),
     "IQ1_S": ({0: 1.0}, 7.4),
     "Q1_0": ({0: 1.0}, 1.0),
 }
@@ -115,15 +116,13 @@ def find_shape(model: str) -> Shape:
         config = json.loads(path.read_text(encoding="utf-8"))
         if config["model_type"] not in ("llama", "mistral"):
             raise DBFError(f"{path} is of a {config['model_type']}: only a llama's or mistral's shape can be written")
-        n_head = config["num_attention_heads"]
+        keys = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
+        sizes = [config[key] for key in (*keys, "num_hidden_layers", "vocab_size")]
+        if not all(isinstance(size, int) and size > 0 for size in sizes):
+            raise ValueError(f"sizes {sizes}")
         shape = Shape(
             path.resolve().parent.name,
-            config["hidden_size"],
-            config["intermediate_size"],
-            n_head,
-            config.get("num_key_value_heads") or n_head,
-            config["num_hidden_layers"],
-            config["vocab_size"],
+            *sizes,
             config.get("max_position_embeddings", 4096),
             config.get("rope_theta") or 10000.0,
             config.get("rms_norm_eps", 1e-5),
@@ -342,7 +341,8 @@ def write(
     except OSError as error:
         raise DBFError(f"cannot write {path}: {error.strerror or error}") from None
     finally:
-        part.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            part.unlink()
     return path.stat().st_size
 
 
