@@ -227,7 +227,7 @@ def shape_name(n_in: int, n_out: int) -> str:
 
 
 def matvec_table() -> str:
-    cells = [["bits", "shape", "k", "MB", "paper, 4090", *CARDS]]
+    cells = [["bits", "shape", "k", "MB", "measured by the paper, 4090", *CARDS]]
     for bits in (16, *PAPER_BITS):
         for (n_in, n_out), paper in zip(PAPER_SHAPES, PAPER_MATVEC[bits], strict=True):
             k = 0 if bits == 16 else width(n_in, n_out, bits)
@@ -252,7 +252,7 @@ def parts_table(card: Card, bits: float = 2.0) -> str:
 
 
 def decode_table() -> str:
-    cells = [["model", "bits", "joined", "paper, 4090", *CARDS]]
+    cells = [["model", "bits", "joined", "measured by the paper, 4090", *CARDS]]
     for name, paper in PAPER_DECODE.items():
         for bits in (16, *PAPER_BITS):
             for join in (False, True)[: 1 if bits == 16 else 2]:
@@ -323,7 +323,7 @@ def report() -> str:
         ("A token of Llama-2-7B at 1.5 bits on a 4090 by its parts, ms", token_table(card)),
         ("The linears of Llama-2-7B at 2 bits for a batch, ms", batch_table()),
     ]
-    note = f"All predicted, ±{UNCERTAINTY} %; no GPU was used. Measured, and by others, is only what a column says so of."
+    note = f"All predicted, ±{UNCERTAINTY} %; no GPU was used. Measured (by others) is only what a column calls so."
     return "\n\n".join([note, *(f"### {title}\n\n{table}" for title, table in sections)])
 
 
