@@ -30,6 +30,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 
 import gpu_model
@@ -82,6 +83,7 @@ class Settings:
     files: tuple[Path, ...] = ()  # models to decode instead of synthetic ones
     models: tuple[synthetic.Shape, ...] = tuple(synthetic.SHAPES[name] for name in PAPER_DECODE)
     decode_types: tuple[str, ...] = DECODE_TYPES
+    joins: tuple[bool, ...] = (False, True)  # DBF linears as they are, and as with convert --join qkv,gate_up
     n_prompt: int = 512
     n_gen: int = 128
     check: synthetic.Shape = CHECK_SHAPE
@@ -185,11 +187,6 @@ def choose_device(found: list[Device], name: str | None) -> Device:
 # --- checks and measurements
 
 
-def other_types(kind: str) -> dict[str, str]:
-    """Embedding and output head of a synthetic model: as Llama recipes have them, and all F16 in the F16 model."""
-    return dict.fromkeys(("embedding_type", "output_type"), "F16" if kind == "F16" else "Q6_K")
-
-
 class Bench:
     """One run on one device; what comes out of it stands in `result`."""
 
@@ -226,7 +223,9 @@ class Bench:
             for path in self.settings.files:
                 self.check_logits(path)
         else:
-            self.with_model("check.gguf", self.settings.check, "DBF", CHECK_BITS, self.check_logits)
+            # F16 where DBF is not, so that this is about DBF
+            options = {"bits": CHECK_BITS, "embedding_type": "F16", "output_type": "F16"}
+            self.with_model("check.gguf", self.settings.check, "DBF", options, self.check_logits)
 
     def check_logits(self, model: Path) -> None:
         base = self.out / "logits.kld"
@@ -247,14 +246,13 @@ class Bench:
             raise StepFailed(f"{model.name}: mean KLD {kld} between card and CPU, {KLD_BOUND} is allowed")
 
     def with_model(
-        self, file: str, shape: synthetic.Shape, kind: str, bits: float | None, use: Callable[[Path], None]
+        self, file: str, shape: synthetic.Shape, kind: str, options: dict, use: Callable[[Path], None]
     ) -> None:
-        """Writes a synthetic model, uses it and deletes it."""
+        """Writes a synthetic model, uses it and deletes it; `options` go to synthetic.write."""
         path = self.out / file
-        what = f"{bits:g} bits" if bits else kind
-        print(f"writing {path}: random weights, shape of {shape.name}, {shape.n_layer} layers, {what}", flush=True)
+        print(f"writing {path}: random weights in the shape of {shape.name}, {shape.n_layer} layers", flush=True)
         try:
-            synthetic.write(path, shape, kind, bits, **other_types(kind))
+            synthetic.write(path, shape, kind, **options)
             use(path)
         finally:
             path.unlink(missing_ok=True)
@@ -287,20 +285,24 @@ class Bench:
         if self.settings.files:
             for path in self.settings.files:
                 heading(f"Tokens a second: {path.name}")
-                self.decode_file(path, {"model": path.stem, "type": "file", "bits": None})
+                self.decode_file(path, {"model": path.stem, "type": "file", "bits": None, "join": False})
             return
+        wanted = [{"type": kind, "bits": None, "join": False} for kind in self.settings.decode_types]
+        wanted += [{"type": "DBF", "bits": b, "join": join} for b in self.settings.bits for join in self.settings.joins]
         for shape in self.settings.models:
-            wanted = [(kind, None) for kind in self.settings.decode_types] + [("DBF", b) for b in self.settings.bits]
-            for kind, bits in wanted:
-                heading(f"Tokens a second: {shape.name}, {f'DBF {bits:g} bits' if bits else kind}")
-                row = {"model": shape.name, "type": kind, "bits": bits}
-                need = sum(plan.nbytes for plan in synthetic.plans(shape, kind, bits, **other_types(kind)))
+            for row in ({"model": shape.name} | what for what in wanted):
+                heading(f"Tokens a second: {shape.name}, {decode_name(row)}")
+                options = {"bits": row["bits"], "join": row["join"]}
+                if row["type"] == "F16":
+                    options |= {"embedding_type": "F16", "output_type": "F16"}
+                need = sum(plan.nbytes for plan in synthetic.plans(shape, row["type"], **options))
                 if self.device.gpu and need > 0.93 * self.device.memory:
                     row["skipped"] = f"{need / 1e9:.1f} GB, the device has {self.device.memory / 1e9:.1f}"
                     print(row["skipped"], flush=True)
                     self.result.decode.append(row)
                     continue
-                self.with_model("model.gguf", shape, kind, bits, lambda path, row=row: self.decode_file(path, row))
+                decode = partial(self.decode_file, row=row)
+                self.with_model("model.gguf", shape, row["type"], options, decode)
 
     def decode_file(self, path: Path, row: dict) -> None:
         with GGUFFile(path) as file:
@@ -370,7 +372,9 @@ def matvec_table(result: Result, tokens: int = 1) -> str:
 
 
 def decode_name(row: dict) -> str:
-    return f"DBF {row['bits']:g} bits" if row["type"] == "DBF" else row["type"]
+    if row["type"] != "DBF":
+        return row["type"]
+    return f"DBF {row['bits']:g} bits" + (", joined" if row["join"] else "")
 
 
 def decode_table(result: Result) -> str:
@@ -385,8 +389,9 @@ def decode_table(result: Result) -> str:
             continue
         base = [r for r in result.decode if r["model"] == row["model"] and r["type"] == "F16" and "tg" in r]
         predicted = ""
-        if card and row["type"] in ("DBF", "F16"):
-            predicted = f"{gpu_model.tokens_a_second(card, synthetic.SHAPES[row['model']], row['bits']):.0f}"
+        if card and row["type"] in ("DBF", "F16") and row["model"] in synthetic.SHAPES:
+            shape = synthetic.SHAPES[row["model"]]
+            predicted = f"{gpu_model.tokens_a_second(card, shape, row['bits'], row['join']):.0f}"
         share = f"{row['read'] * row['tg'] * 1e-9 / best:.0%}" if best else ""
         faster = f"{row['tg'] / base[0]['tg']:.2f}" if base else ""
         cells[-1] += [f"{row['bytes'] / 1e9:.2f}", f"{row['tg']:.1f} ± {row['tg_error']:.1f}", faster, share]

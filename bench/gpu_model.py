@@ -134,23 +134,13 @@ def f16_linear(card: Card, n_in: int, n_out: int) -> float:
 # --- a token
 
 
-def joined(linears: dict[str, tuple[int, int]]) -> dict[str, tuple[int, int]]:
-    """The linears of a block with `--join qkv,gate_up`: (n_out, n_in) of those that share their input added up."""
-    groups = {"attn_q": "attn_qkv", "attn_k": "attn_qkv", "attn_v": "attn_qkv"}
-    groups |= {"ffn_gate": "ffn_gate_up", "ffn_up": "ffn_gate_up"}
-    result: dict[str, tuple[int, int]] = {}
-    for name, (n_out, n_in) in linears.items():
-        name = groups.get(name, name)
-        result[name] = (result.get(name, (0, n_in))[0] + n_out, n_in)
-    return result
-
-
 def token(card: Card, shape: Shape, bits: float | None, join: bool = False, context: int = 64) -> dict[str, float]:
     """µs of one decoded token by its parts; `bits` None is F16, head included, else the head is Q6_K.
 
+    join     as with `convert --join qkv,gate_up`
     context  tokens in the cache: 64 on average over 128 from an empty prompt
     """
-    linears = joined(shape.linears()) if join else shape.linears()
+    linears = shape.linears(join)
     others = OTHERS * (card.gap + SMALL)
     cache = 4 * context * shape.n_head_kv * shape.head_dim  # bytes of K and V in F16
     others += cache / (card.bandwidth * 1e3 * EFFICIENCY)
@@ -268,8 +258,7 @@ def token_table(card: Card, name: str = "llama2-7b", bits: float = 1.5) -> str:
     cells = [["", "launches a block", "weights", "launches", "others", "head", "host", "sum", "tok/s"]]
     for join in (False, True):
         parts = token(card, SHAPES[name], bits, join)
-        linears = SHAPES[name].linears()
-        count = 2 * len(joined(linears) if join else linears)
+        count = 2 * len(SHAPES[name].linears(join))
         total = sum(parts.values())
         figures = [f"{time / 1e3:.2f}" for time in (*parts.values(), total)]
         cells.append(["joined" if join else "separate", f"{count} + {OTHERS}", *figures, f"{1e6 / total:.0f}"])

@@ -40,20 +40,22 @@ def built(llama_bin, monkeypatch):
 # --- synthetic models
 
 
-def test_a_synthetic_model_keeps_the_rules_of_the_format(tmp_path):
+@pytest.mark.parametrize("join", [False, True])
+def test_a_synthetic_model_keeps_the_rules_of_the_format(tmp_path, join):
     path = tmp_path / "tiny.gguf"
-    size = synthetic.write(path, TINY, "DBF", 1.5)
-    ks = uniform_budget(TINY.all_linears(), 1.5)
+    size = synthetic.write(path, TINY, "DBF", 1.5, join=join)
+    linears = TINY.all_linears(join)
+    ks = uniform_budget(linears, 1.5)
     with GGUFFile(path) as file:
         assert size == file.size == path.stat().st_size
         assert check_format(file) == []
-        assert len(file.linears()) == 7 * TINY.n_layer == file.get("dbf.tensor_count")
-        for base, (n_out, n_in) in TINY.all_linears().items():
+        assert len(file.linears()) == (4 if join else 7) * TINY.n_layer == file.get("dbf.tensor_count")
+        for base, (n_out, n_in) in linears.items():
             assert file.tensors[f"{base}.dbf_b"].ne == (n_in, ks[base])
             assert file.tensors[f"{base}.dbf_a"].ne == (ks[base], n_out)
         assert bits_per_weight(file) == pytest.approx(1.5, abs=0.05)
         assert file.get("dbf.bits_per_weight") == pytest.approx(bits_per_weight(file))
-        signs = unpack_signs(file.packed_signs("blk.0.ffn_up.dbf_b")).float()
+        signs = unpack_signs(file.packed_signs("blk.0.ffn_down.dbf_b")).float()
         assert abs(signs.mean()) < 0.02  # as many of one kind as of the other
     assert sorted(p.name for p in tmp_path.iterdir()) == ["tiny.gguf"]
 
@@ -273,10 +275,11 @@ def test_the_whole_run_with_the_cpu_standing_in(built, few_ops, tmp_path, capfd)
         ("dbf", gpu_model.width(512, 192, 2.0)),
         ("dbf", gpu_model.width(512, 192, 1.0)),
     ]
-    decoded = [(row["type"], row["bits"]) for row in result["decode"]]
-    assert decoded == [("F16", None), ("Q2_K", None), ("DBF", 2.0), ("DBF", 1.0)]
+    decoded = [(row["type"], row["bits"], row["join"]) for row in result["decode"]]
+    dbf = [("DBF", bits, join) for bits in (2.0, 1.0) for join in (False, True)]
+    assert decoded == [("F16", None, False), ("Q2_K", None, False), *dbf]
     assert all(row["tg"] > 0 and row["pp"] > 0 and 0 < row["read"] < row["bytes"] for row in result["decode"])
-    assert "| 512×192 | DBF 2 bits " in shown and "| tiny  | DBF 1 bits " in shown
+    assert "| 512×192 | DBF 2 bits " in shown and "| tiny  | DBF 1 bits, joined " in shown
     assert (tmp_path / "gpu" / "gpu.png").read_bytes().startswith(b"\x89PNG")
     left = {path.name for path in (tmp_path / "gpu").iterdir() if path.suffix != ".log"}
     assert left == {"gpu.json", "gpu.png"}  # the models are gone
@@ -366,8 +369,8 @@ def test_tables_stand_beside_the_paper_and_the_prediction(tmp_path):
     ]
     figures = {"bytes": 2e9, "read": 1.9e9, "tg": 250.0, "tg_error": 1.0, "pp": 8000.0, "pp_error": 9.0}
     result.decode = [
-        {"model": "llama2-7b", "type": "F16", "bits": None} | figures | {"tg": 50.0},
-        {"model": "llama2-7b", "type": "DBF", "bits": 1.5} | figures,
+        {"model": "llama2-7b", "type": "F16", "bits": None, "join": False} | figures | {"tg": 50.0},
+        {"model": "llama2-7b", "type": "DBF", "bits": 1.5, "join": True} | figures,
     ]
     card = gpu_model.CARDS["RTX 4090"]
     cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in gpu.matvec_table(result).splitlines()]
@@ -376,8 +379,8 @@ def test_tables_stand_beside_the_paper_and_the_prediction(tmp_path):
     assert cells[3] == ["4096×4096", "DBF 2 bits", "2.00", "10.0", "4.00", "419", "44%", "27", predicted]
     assert cells[4][3] == "not supported"
     cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in gpu.decode_table(result).splitlines()]
-    predicted = f"{gpu_model.tokens_a_second(card, synthetic.SHAPES['llama2-7b'], 1.5):.0f}"
-    assert cells[3][:4] == ["Llama-2-7B", "DBF 1.5 bits", "2.00", "250.0 ± 1.0"]
+    predicted = f"{gpu_model.tokens_a_second(card, synthetic.SHAPES['llama2-7b'], 1.5, join=True):.0f}"
+    assert cells[3][:4] == ["Llama-2-7B", "DBF 1.5 bits, joined", "2.00", "250.0 ± 1.0"]
     assert cells[3][4:8] == ["5.00", "50%", "167", predicted]
 
 
@@ -412,7 +415,7 @@ def test_bits_and_joining_can_only_help():
 
 
 def test_joined_linears():
-    linears = gpu_model.joined(synthetic.SHAPES["llama3-8b"].linears())
+    linears = synthetic.SHAPES["llama3-8b"].linears(join=True)
     assert linears == {
         "attn_qkv": (4096 + 2 * 1024, 4096),
         "attn_output": (4096, 4096),
