@@ -12,9 +12,7 @@ No GPU takes part. What follows from these tests and what does not:
 - The machine code keeps within what docs/gpu-model.md assumes.
 """
 
-import json
 import re
-import shlex
 import subprocess
 from pathlib import Path
 
@@ -26,9 +24,6 @@ from click.testing import CliRunner
 from dbf_gguf import llama_cpp, machine
 from dbf_gguf.cli import cli
 from dbf_gguf.errors import DBFError
-
-ARCHITECTURES = ",".join(map(str, sass.ARCHITECTURES))
-
 
 # --- the toolkit
 
@@ -161,60 +156,30 @@ def test_command_asks_the_driver_for_cards(monkeypatch, tmp_path):
 
 
 @pytest.fixture(scope="session")
-def cuda_build(cuda_toolkit_with_cublas, patched_tree, tmp_path_factory):
-    """A folder that cmake has configured as `dbf-gguf build --cuda` lets it, with the wheels' toolkit."""
+def backend(cuda_toolkit_with_cublas, tmp_path_factory):
     folder = tmp_path_factory.mktemp("cuda") / "build"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("CUDACXX", str(cuda_toolkit_with_cublas / "bin/nvcc"))
-        architectures = llama_cpp.cuda_architectures(ARCHITECTURES)
-        llama_cpp.configure(patched_tree, folder, architectures, CMAKE_EXPORT_COMPILE_COMMANDS="ON")
-    return folder
+    return toolchain.Backend(cuda_toolkit_with_cublas, folder, ",".join(map(str, sass.ARCHITECTURES)))
 
 
-def compile_command(build: Path, source: str) -> list[str]:
-    """The command by which cmake would have this file of ggml-cuda compiled."""
-    commands = json.loads((build / "compile_commands.json").read_text())
-    (entry,) = (entry for entry in commands if entry["file"].endswith(f"ggml/src/ggml-cuda/{source}"))
-    return shlex.split(entry["command"])
-
-
-@pytest.fixture(scope="session")
-def compiled(cuda_build):
-    """compiled(source) -> (object file, warnings) of a file of ggml-cuda, made once."""
-    done = {}
-
-    def compile_once(source: str) -> tuple[Path, str]:
-        if source not in done:
-            command = compile_command(cuda_build, source)
-            target = cuda_build / command[command.index("-o") + 1]
-            target.parent.mkdir(parents=True, exist_ok=True)
-            run = subprocess.run([*command, "--threads", "2"], cwd=cuda_build, capture_output=True, text=True)
-            assert run.returncode == 0, run.stderr[-5000:]
-            done[source] = target, run.stderr
-        return done[source]
-
-    return compile_once
-
-
-def test_cmake_takes_the_toolkit_as_a_whole(cuda_build, cuda_toolkit_with_cublas):
+def test_cmake_takes_the_toolkit_as_a_whole(backend, cuda_toolkit_with_cublas):
     """Not the compiler from one toolkit and the libraries from another, which the machine may have too."""
-    cache = (cuda_build / "CMakeCache.txt").read_text()
+    cache = (backend.folder / "CMakeCache.txt").read_text()
     for name in ("CUDA_CUDART", "CUDA_cublas_LIBRARY", "CUDA_cuda_driver_LIBRARY"):
         (path,) = re.findall(rf"^{name}:FILEPATH=(.*)$", cache, re.MULTILINE)
         assert Path(path).resolve().is_relative_to(cuda_toolkit_with_cublas), name
 
 
 @pytest.mark.parametrize("source", ["dbf.cu", "ggml-cuda.cu"])
-def test_compiles_for_every_architecture(compiled, source, cuda_toolkit, tmp_path):
-    target, warnings = compiled(source)
+def test_compiles_for_every_architecture(backend, source, cuda_toolkit, tmp_path):
+    target, warnings = backend.compile(source)
     assert "dbf" not in "\n".join(line for line in warnings.splitlines() if "warning" in line)
     found = {int(re.search(r"sm_(\d+)", path.name)[1]) for path in sass.cubins(cuda_toolkit, target, tmp_path)}
     assert found == set(sass.ARCHITECTURES)
 
 
-def test_lacks_only_functions_of_other_files(compiled, cuda_toolkit_with_cublas, llama_bin, patched_tree, tmp_path):
+def test_lacks_only_functions_of_other_files(backend, cuda_toolkit_with_cublas, llama_bin, patched_tree, tmp_path):
     """The linker says what is missing; a function that our hook calls and nobody defines would be among it."""
-    objects = [compiled(source)[0] for source in ("ggml-cuda.cu", "dbf.cu")]
+    objects = [backend.compile(source)[0] for source in ("ggml-cuda.cu", "dbf.cu")]
     libraries = cuda_toolkit_with_cublas / "lib"
     command = ["c++", "-shared", "-o", tmp_path / "partial.so", *objects, f"-L{llama_bin}", "-lggml-base"]
     command += [f"-L{libraries}", f"-L{libraries / 'stubs'}", "-lcudart", "-lcublas", "-lcuda"]

@@ -11,18 +11,22 @@ ggml-cuda includes its headers and the link needs the library, so only `toolkit_
 Alone: python tests/cuda/toolchain.py    (prints the folder; with --cublas the one that has cuBLAS as well)
 """
 
+import contextlib
 import fcntl
 import hashlib
+import json
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
-from dbf_gguf import fetch
+from dbf_gguf import fetch, llama_cpp
 from dbf_gguf.errors import DBFError
 from dbf_gguf.paths import cache_dir
 
@@ -155,6 +159,55 @@ def toolkit_root(cublas: bool = False) -> Path:
         except OSError as error:
             raise DBFError(f"no CUDA toolkit: {error.strerror} ({error.filename})") from None
     return root
+
+
+@contextlib.contextmanager
+def as_nvcc(root: Path) -> Iterator[None]:
+    """For as long as it lasts, `dbf_gguf.llama_cpp` takes the nvcc of this toolkit."""
+    before = os.environ.get("CUDACXX")
+    os.environ["CUDACXX"] = str(root / "bin" / "nvcc")
+    try:
+        yield
+    finally:
+        del os.environ["CUDACXX"]
+        if before is not None:
+            os.environ["CUDACXX"] = before
+
+
+class Backend:
+    """ggml-cuda as `dbf-gguf build --cuda` would compile it, but one file at a time.
+
+    root           a toolkit with cuBLAS
+    folder         empty; cmake configures it, in half a minute
+    architectures  "75,89"
+    """
+
+    def __init__(self, root: Path, folder: Path, architectures: str):
+        self.folder = folder
+        with as_nvcc(root):
+            architectures = llama_cpp.cuda_architectures(architectures)
+            tree = llama_cpp.source_tree()
+            llama_cpp.configure(tree, folder, architectures, CMAKE_EXPORT_COMPILE_COMMANDS="ON")
+        self._commands = json.loads((folder / "compile_commands.json").read_text())
+        self._done: dict[str, tuple[Path, str]] = {}
+
+    def command(self, source: str) -> list[str]:
+        """How cmake would have a file of the folder ggml-cuda compiled."""
+        (entry,) = (e for e in self._commands if e["file"].endswith(f"ggml/src/ggml-cuda/{source}"))
+        return shlex.split(entry["command"])
+
+    def compile(self, source: str, *flags: str) -> tuple[Path, str]:
+        """The object file and what the compiler had to say; made once. Raises DBFError when it does not compile."""
+        name = " ".join([source, *flags])
+        if name not in self._done:
+            command = self.command(source)
+            target = self.folder / f"{len(self._done)}-{source}.o"
+            command[command.index("-o") + 1] = str(target)
+            run = subprocess.run([*command, *flags, "--threads", "2"], cwd=self.folder, capture_output=True, text=True)
+            if run.returncode != 0:
+                raise DBFError(f"{source} does not compile: {run.stderr[-5000:]}")
+            self._done[name] = target, run.stderr
+        return self._done[name]
 
 
 if __name__ == "__main__":
