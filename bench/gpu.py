@@ -41,10 +41,10 @@ from quality import parse_figures
 
 from dbf_gguf.errors import DBFError
 from dbf_gguf.gguf_file import GGUFFile
-from dbf_gguf.llama_cpp import patch_key, tool
+from dbf_gguf.llama_cpp import bin_dir, patch_key, tool
 
 PARTS = ("checks", "matvec", "decode")
-MATVEC_TYPES = ("cublas", "f16", "q2_K", "iq2_xxs", "iq1_s", "q1_0")
+MATVEC_TYPES = ("cublas", "f16", "q2_k", "iq2_xxs", "iq1_s", "q1_0")
 DECODE_TYPES = ("F16", "Q2_K", "IQ2_XXS", "IQ1_S", "Q1_0")
 PAPER_NAMES = {"llama2-7b": "Llama-2-7B", "llama3-8b": "Llama-3-8B"}
 KLD_BOUND = 1e-3  # nats a token, mean: the card's logits against the CPU's
@@ -167,6 +167,9 @@ def parse_matvec(output: str) -> tuple[dict[str, float], list[dict]]:
 
 
 def devices() -> list[Device]:
+    """Those that the built programs can compute on. Raises NoDevice when nothing is built."""
+    if bin_dir() is None:
+        raise NoDevice("llama.cpp is not built: run `dbf-gguf build --cuda` first")
     listed = subprocess.run([tool("llama-dbf-matvec"), "--list"], capture_output=True, text=True)
     if listed.returncode != 0:
         raise StepFailed(f"llama-dbf-matvec ended with status {listed.returncode}: {listed.stderr.strip()[-200:]}")
@@ -475,24 +478,37 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0],
         epilog="example: python bench/gpu.py --bits 2.0 1.5 --models llama2-7b --out gpu",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
+
+    def several(group, name: str, values: list, about: str, **options) -> None:
+        """An option that takes several values."""
+        shown = " ".join(map(str, values))
+        group.add_argument(name, nargs="+", default=values, help=f"{about} (default: {shown})", **options)
+
     basic = parser.add_argument_group("basic")
-    basic.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="what to do")
-    basic.add_argument("--device", help="one of several cards, CUDA1 for example")
-    basic.add_argument("--out", type=Path, default=Path("gpu"), help="folder for all files")
-    basic.add_argument("--bits", nargs="+", type=float, default=list(PAPER_BITS), help="of DBF")
+    several(basic, "--parts", list(PARTS), "what to do", choices=PARTS, metavar="PART")
+    basic.add_argument("--device", help="which of several cards, CUDA1 for example (default: the first)")
+    basic.add_argument("--out", type=Path, default=Path("gpu"), help="folder for all files (default: %(default)s)")
+    several(basic, "--bits", list(PAPER_BITS), "of DBF, a weight", type=float, metavar="BITS")
     linears = parser.add_argument_group("one linear")
     shapes = [f"{n_in}x{n_out}" for n_in, n_out in PAPER_SHAPES]
-    linears.add_argument("--shapes", nargs="+", type=parse_shape, default=shapes, help="N_INxN_OUT")
-    linears.add_argument("--types", nargs="*", default=list(MATVEC_TYPES), help="beside DBF: ggml's names, or cublas")
-    linears.add_argument("--tokens", nargs="+", type=int, default=[1], help="columns of the input")
-    linears.add_argument("--rotate-mib", type=int, default=default.rotate_mib, help="at least four times the L2 cache")
-    linears.add_argument("--reps", type=int, default=default.reps, help="samples of which the median counts")
+    several(linears, "--shapes", shapes, "N_INxN_OUT", type=parse_shape, metavar="SHAPE")
+    about = "beside DBF: ggml's names, or cublas"
+    several(linears, "--types", list(MATVEC_TYPES), about, type=str.lower, metavar="TYPE")
+    several(linears, "--tokens", [1], "columns of the input", type=int, metavar="N")
+    linears.add_argument(
+        "--rotate-mib",
+        type=int,
+        default=default.rotate_mib,
+        help="weights of a case together, at least four times the L2 cache (default: %(default)s)",
+    )
+    linears.add_argument(
+        "--reps", type=int, default=default.reps, help="samples, of which the median counts (default: %(default)s)"
+    )
     models = parser.add_argument_group("whole models")
-    models.add_argument("--model", type=Path, action="append", help="a GGUF file instead of these; may be repeated")
-    models.add_argument("--models", nargs="+", default=list(PAPER_DECODE), help="shapes: a name or a config.json")
-    models.add_argument("--model-types", nargs="*", type=str.upper, default=list(DECODE_TYPES), help="beside DBF")
+    several(models, "--models", list(PAPER_DECODE), "shapes of random weights, or a config.json", metavar="SHAPE")
+    several(models, "--model-types", list(DECODE_TYPES), "beside DBF", type=str.upper, metavar="TYPE")
+    models.add_argument("--model", type=Path, action="append", help="a GGUF file instead; may be given repeatedly")
     arguments = parser.parse_args(argv)
     arguments.shapes = [parse_shape(shape) if isinstance(shape, str) else shape for shape in arguments.shapes]
     for kind in arguments.model_types:

@@ -11,7 +11,7 @@ overflows, and the logits of two programs that run the file can be compared. Eve
 these types, hence a block is random bytes with a scale at the right place (BLOCKS). The tokenizer is of SentencePiece's
 kind and knows single characters and pairs of letters, enough for any text to be read.
 
-The file is written front to back, one pool of random blocks at a time, so memory stays at some 100 MB.
+The file is written front to back from one pool of random blocks, so memory does not grow with the model.
 """
 
 import argparse

@@ -154,7 +154,7 @@ def test_matvec_times_every_kind_of_case(built):
     assert done.returncode == 0, done.stderr
     bandwidth, rows = gpu.parse_matvec(done.stdout)
     assert set(bandwidth) == {"read", "copy"} and all(0.1 < rate < 2000 for rate in bandwidth.values())
-    assert [row["type"] for row in rows] == ["dbf", "f16", "cublas", "q1_0", "q2_K"]
+    assert [row["type"] for row in rows] == ["dbf", "f16", "cublas", "q1_0", "q2_k"]
     sizes = [(linear_bits(192, 512, 96) // 8), 2 * 192 * 512, 2 * 192 * 512, 18 * 4 * 192, 84 * 2 * 192]
     for row, size in zip(rows, sizes, strict=True):
         assert (row["n_in"], row["n_out"], row["tokens"], row["bytes"]) == (512, 192, 3, size)
@@ -346,6 +346,12 @@ def test_no_card_or_bad_input_is_one_line(built, tmp_path, monkeypatch, capsys, 
     shown = capsys.readouterr()
     assert message in shown.err and shown.err.count("\n") == 1 and shown.out == ""
     assert not list(tmp_path.iterdir())
+
+
+def test_without_a_build_there_is_one_line(monkeypatch, capsys):
+    monkeypatch.setattr(gpu, "bin_dir", lambda: None)
+    assert gpu.main([]) == 2
+    assert capsys.readouterr().err == "bench/gpu.py: llama.cpp is not built: run `dbf-gguf build --cuda` first\n"
 
 
 def test_help_ends_in_an_example_that_is_understood(capsys):
