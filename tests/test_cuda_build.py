@@ -16,6 +16,7 @@ import re
 import subprocess
 from pathlib import Path
 
+import link
 import pytest
 import sass
 import toolchain
@@ -205,3 +206,51 @@ def defines(text: str, function: str) -> bool:
 def test_definitions_are_told_from_declarations():
     text = "void f(int a);\nstatic bool g(\n    int a) {\n    return h(a);\n}\n"
     assert defines(text, "g") and not defines(text, "f") and not defines(text, "h") and not defines(text, "")
+
+
+def test_link_check_sees_what_is_missing(cuda_toolkit_with_cublas, tmp_path):
+    """What `make cuda-link` looks at, on a library of three lines."""
+    source = "int ggml_cuda_here(void) { return 0; } int other(void); int ggml_cuda_gone(void);"
+    for name, body in (("good", "ggml_cuda_here()"), ("bad", "ggml_cuda_gone() + other()")):
+        program = f"{source} int ggml_backend_cuda_reg(void) {{ return {body}; }}"
+        command = ["cc", "-shared", "-fPIC", "-xc", "-", "-o", tmp_path / f"{name}.so"]
+        subprocess.run(command, input=program, text=True, check=True)
+    assert link.undefined(tmp_path / "good.so") == [] and link.loads(tmp_path / "good.so") == ""
+    assert link.undefined(tmp_path / "bad.so") == ["ggml_cuda_gone"]
+    assert "undefined symbol" in link.loads(tmp_path / "bad.so")
+
+
+# --- HIP and MUSA
+
+HEADERS = {
+    "GGML_USE_HIP": ("hip/hip_runtime.h", "hipblas/hipblas.h", "hip/hip_fp16.h", "hip/hip_bf16.h"),
+    "GGML_USE_MUSA": ("musa_runtime.h", "musa.h", "mublas.h", "musa_bf16.h", "musa_fp16.h"),
+}
+
+
+@pytest.mark.parametrize("macro", HEADERS)
+def test_amd_and_moore_threads_get_no_kernels(macro, patched_tree, tmp_path):
+    """Their builds compile the same folder. Neither toolkit is here: empty headers stand for theirs, the preprocessor
+    says what of dbf.cu is left, and that must be plain C++ that knows nothing of a GPU."""
+    for name in HEADERS[macro]:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    ggml = patched_tree / "ggml"
+    include = [f"-I{path}" for path in (tmp_path, ggml / "include", ggml / "src")]
+    command = ["c++", "-std=c++17", f"-D{macro}", "-D__HIP_PLATFORM_AMD__", "-xc++", *include, ggml / "src/ggml-cuda/dbf.cu"]
+    text = subprocess.run([*command, "-E"], capture_output=True, text=True, check=True).stdout
+    ours, file = [], ""
+    for line in text.splitlines():
+        if match := re.match(r'# \d+ "(.*)"', line):
+            file = Path(match[1]).name
+        elif re.match(r"dbf\b.*\.(cu|cuh|h)$", file):
+            ours.append(line)
+    ours = "\n".join(ours)
+    assert "ggml_cuda_op_dbf_mul_mat" in ours
+    assert not re.search(r"__global__|__device__|\basm\b|<<<|cudaFuncSetAttribute", ours)
+    plain = f'#include "ggml.h"\n#include "ggml-impl.h"\nstruct ggml_backend_cuda_context;\n{ours}'
+    compiled = subprocess.run(
+        ["c++", "-std=c++17", "-Wall", "-Werror", *include, "-xc++", "-fsyntax-only", "-"],
+        input=plain, capture_output=True, text=True,
+    )  # fmt: skip
+    assert compiled.returncode == 0, compiled.stderr
