@@ -261,8 +261,9 @@ def few_ops(monkeypatch):
     monkeypatch.setattr(gpu, "OPS", (*gpu.OPS, "-p", "n_in=(32|256),.*ne=.1,1,1."))
 
 
-def test_the_whole_run_with_the_cpu_standing_in(built, few_ops, tmp_path, capfd):
-    pytest.importorskip("matplotlib", reason="matplotlib is missing: pip install -e '.[bench]'")
+def test_the_whole_run_with_the_cpu_standing_in(built, few_ops, tmp_path, monkeypatch, capfd):
+    drawn = []
+    monkeypatch.setattr(gpu, "plot", lambda result, path: drawn.append(path))  # see test_the_picture
     gpu.measure(small(), CPU, tmp_path / "gpu")
     shown = capfd.readouterr().out
     result = json.loads((tmp_path / "gpu" / "gpu.json").read_text())
@@ -280,9 +281,9 @@ def test_the_whole_run_with_the_cpu_standing_in(built, few_ops, tmp_path, capfd)
     assert decoded == [("F16", None, False), ("Q2_K", None, False), *dbf]
     assert all(row["tg"] > 0 and row["pp"] > 0 and 0 < row["read"] < row["bytes"] for row in result["decode"])
     assert "| 512×192 | DBF 2 bits " in shown and "| tiny  | DBF 1 bits, joined " in shown
-    assert (tmp_path / "gpu" / "gpu.png").read_bytes().startswith(b"\x89PNG")
-    left = {path.name for path in (tmp_path / "gpu").iterdir() if path.suffix != ".log"}
-    assert left == {"gpu.json", "gpu.png"}  # the models are gone
+    assert drawn == [tmp_path / "gpu" / "gpu.png"]
+    left = [path.name for path in (tmp_path / "gpu").iterdir() if path.suffix != ".log"]
+    assert left == ["gpu.json"]  # the models are gone
 
 
 def test_a_failed_check_ends_the_run(built, few_ops, tmp_path, monkeypatch):
@@ -363,11 +364,13 @@ def test_help_ends_in_an_example_that_is_understood(capsys):
     assert arguments.bits == [2.0, 1.5] and arguments.models == ["llama2-7b"]
 
 
-def test_tables_stand_beside_the_paper_and_the_prediction(tmp_path):
-    result = gpu.Bench(small(), gpu.parse_devices(DEVICES)[0], tmp_path).result
+@pytest.fixture
+def result(tmp_path):
+    """Made up, round figures."""
+    result = gpu.Bench(small(), gpu.parse_devices(DEVICES)[0], tmp_path / "gpu").result
     result.bandwidth = {"read": 900.0, "copy": 950.0}
-    k = gpu_model.width(4096, 4096, 2.0)
     row = {"n_in": 4096, "n_out": 4096, "tokens": 1, "supported": True}
+    k = gpu_model.width(4096, 4096, 2.0)
     result.matvec = [
         row | {"type": "cublas", "k": 0, "bytes": 33554432, "us": 40.0, "bits": 16.0},
         row | {"type": "dbf", "k": k, "bytes": 4194304, "us": 10.0, "bits": 2.0},
@@ -377,17 +380,35 @@ def test_tables_stand_beside_the_paper_and_the_prediction(tmp_path):
     result.decode = [
         {"model": "llama2-7b", "type": "F16", "bits": None, "join": False} | figures | {"tg": 50.0},
         {"model": "llama2-7b", "type": "DBF", "bits": 1.5, "join": True} | figures,
+        {"model": "llama3-8b", "type": "F16", "bits": None, "join": False, "skipped": "16.1 GB"},
     ]
+    return result
+
+
+def cells(table: str) -> list[list[str]]:
+    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()]
+
+
+def test_tables_stand_beside_the_paper_and_the_prediction(result):
     card = gpu_model.CARDS["RTX 4090"]
-    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in gpu.matvec_table(result).splitlines()]
-    assert cells[2] == ["4096×4096", "cuBLAS fp16", "16.00", "40.0", "1.00", "839", "88%", "61", ""]
-    predicted = f"{gpu_model.linear(card, 4096, 4096, k):.1f}"
-    assert cells[3] == ["4096×4096", "DBF 2 bits", "2.00", "10.0", "4.00", "419", "44%", "27", predicted]
-    assert cells[4][3] == "not supported"
-    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in gpu.decode_table(result).splitlines()]
+    rows = cells(gpu.matvec_table(result))
+    assert rows[2] == ["4096×4096", "cuBLAS fp16", "16.00", "40.0", "1.00", "839", "88%", "61", ""]
+    predicted = f"{gpu_model.linear(card, 4096, 4096, result.matvec[1]['k']):.1f}"
+    assert rows[3] == ["4096×4096", "DBF 2 bits", "2.00", "10.0", "4.00", "419", "44%", "27", predicted]
+    assert rows[4][3] == "not supported"
+    rows = cells(gpu.decode_table(result))
     predicted = f"{gpu_model.tokens_a_second(card, synthetic.SHAPES['llama2-7b'], 1.5, join=True):.0f}"
-    assert cells[3][:4] == ["Llama-2-7B", "DBF 1.5 bits, joined", "2.00", "250.0 ± 1.0"]
-    assert cells[3][4:8] == ["5.00", "50%", "167", predicted]
+    assert rows[3][:4] == ["Llama-2-7B", "DBF 1.5 bits, joined", "2.00", "250.0 ± 1.0"]
+    assert rows[3][4:] == ["5.00", "50%", "167", predicted, "8000 ± 9"]
+    assert rows[4][:3] == ["Llama-3-8B", "F16", "skipped: 16.1 GB"]
+
+
+def test_the_picture(result, tmp_path):
+    pytest.importorskip("matplotlib", reason="matplotlib is missing: pip install -e '.[bench]'")
+    for name in ("both", "matvec", "decode"):
+        part = replace(result, **{"both": {}, "matvec": {"decode": []}, "decode": {"matvec": []}}[name])
+        gpu.plot(part, tmp_path / f"{name}.png")
+        assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
 
 
 # --- the model
