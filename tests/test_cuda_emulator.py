@@ -124,15 +124,32 @@ def test_unknown_instructions_are_refused_by_name(instruction):
 def test_translated_ptx_computes_what_the_source_does(emulator):
     """Integers, shifts, conversions, shuffles, vectors, shared memory and both kinds of mma in one kernel: results of
     the source under g++ and of the PTX are the same bits."""
-    source, main = HERE / "instructions.cu", HERE / "instructions.cpp"
-    expected = None
-    for arch in (None, 75, 80, 120):
-        kernel = emulator.ptx_object(source, arch, "asan") if arch else emulator.source_object(source, "asan")
-        result = run(emulator.program(main, "asan", kernel, name=f"instructions-{arch}"))
+    expected = run(instructions(emulator, None))
+    assert expected.returncode == 0, expected.stderr
+    assert len(set(expected.stdout.splitlines())) > 100  # not all zeros
+    for arch in (75, 80, 120):
+        result = run(instructions(emulator, arch))
         assert result.returncode == 0, result.stderr
-        expected = expected or result.stdout
-        assert result.stdout == expected, arch
-    assert len(set(expected.splitlines())) > 100  # not all zeros
+        assert result.stdout == expected.stdout, arch
+
+
+@pytest.mark.parametrize("defect, message", {
+    "misaligned": "misaligned access",
+    "read": "read out of bounds",
+    "write": "write out of bounds",
+    "shared": "write out of bounds",
+    "constant": "write to a buffer that is an input",
+}.items())
+def test_translated_ptx_checks_its_accesses(emulator, defect, message):
+    result = run(instructions(emulator, 80), defect)
+    assert result.returncode != 0 and message in result.stderr
+
+
+def instructions(emulator, arch: int | None):
+    """The program of instructions.cpp with the kernel's source, or with its PTX for `arch`."""
+    kernel = HERE / "instructions.cu"
+    made = emulator.ptx_object(kernel, arch, "plain") if arch else emulator.source_object(kernel, "asan")
+    return emulator.program(HERE / "instructions.cpp", "plain" if arch else "asan", made, name=f"instructions-{arch}")
 
 
 @pytest.mark.skipif(os.uname().machine != "x86_64", reason="this machine has no other way than the one tested above")

@@ -83,6 +83,7 @@ unsigned n_barriers;
 bool     running;
 
 char *   block_memory;
+size_t   block_memory_size;
 void **  garbage;  // shared memory of blocks that are done
 unsigned n_garbage;
 
@@ -356,6 +357,7 @@ void launch(dim3 grid, dim3 block, size_t shared_bytes, start when, void (*body)
     static unsigned n_run = 0;
     for (unsigned i = 0; i < n_blocks; ++i) {
         blockIdx     = { order[i] % grid.x, order[i]/grid.x % grid.y, order[i]/(grid.x*grid.y) };
+        block_memory_size = shared_bytes;
         block_memory = shared_bytes > 0 ? (char *) malloc(shared_bytes) : nullptr;
         if (shared_bytes > 0) {
             memset(block_memory, config.poison, shared_bytes);
@@ -367,6 +369,51 @@ void launch(dim3 grid, dim3 block, size_t shared_bytes, start when, void (*body)
         running = false;
     }
     free(order);
+}
+
+// ---- bounds
+
+namespace {
+
+struct memory_range {
+    const char * begin;
+    const char * end;
+    bool         writable;
+};
+
+memory_range ranges[64];
+unsigned     n_ranges;
+
+bool is_inside(const void * address, size_t size, const char * begin, const char * end) {
+    return (const char *) address >= begin && (const char *) address < end && size <= (size_t) (end - (const char *) address);
+}
+
+} // namespace
+
+void declare_buffer(const void * data, size_t size, bool writable) {
+    if (n_ranges == sizeof(ranges)/sizeof(ranges[0])) {
+        fail("too many buffers");
+    }
+    ranges[n_ranges++] = { (const char *) data, (const char *) data + size, writable };
+}
+
+void forget_buffers() {
+    n_ranges = 0;
+}
+
+void check_access(const void * address, size_t size, bool write) {
+    if (is_inside(address, size, block_memory, block_memory + block_memory_size)) {
+        return;
+    }
+    for (unsigned i = 0; i < n_ranges; ++i) {
+        if (is_inside(address, size, ranges[i].begin, ranges[i].end)) {
+            if (write && !ranges[i].writable) {
+                fail("write to a buffer that is an input");
+            }
+            return;
+        }
+    }
+    fail(write ? "write out of bounds" : "read out of bounds");
 }
 
 // ---- collectives

@@ -84,6 +84,12 @@ void synchronize();  // on the host, before it reads what kernels wrote
 // Dynamic shared memory of the block that runs.
 char * shared_memory();
 
+// Where an access may go, for code that checks it itself (the translated PTX does; a kernel's source has AddressSanitizer).
+// The host declares its buffers; shared memory is known. They stay valid until forget_buffers().
+void declare_buffer(const void * data, size_t size, bool writable);
+void forget_buffers();
+void check_access(const void * address, size_t size, bool write);
+
 // Prints what happened, in which block and thread, and aborts.
 [[noreturn]] void fail(const char * what);
 

@@ -86,6 +86,10 @@ __global__ void instructions(instructions_args a) {
     const __half h = __float2half_rn(f);
     out[n++] = __float_as_uint(__half2float(h)) ^ (uint32_t) __half_as_ushort(h);
 
+    // vector load
+    const uint4 four = *((const uint4 *) a.in + t/4);
+    out[n++] = four.x ^ four.y << 1 ^ four.z << 2 ^ four.w << 3;
+
     // shared memory, in several widths, and barriers
     uint4 * wide = (uint4 *) memory;
     wide[t] = make_uint4(x, y, x ^ y, sum);

@@ -10,7 +10,7 @@ struct instructions_args {
     int              n;
 };
 
-constexpr int INSTRUCTIONS_OUT = 32;
+constexpr int INSTRUCTIONS_OUT = 33;
 
 #ifdef __CUDACC__
 __global__ void instructions(instructions_args a);

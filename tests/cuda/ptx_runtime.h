@@ -36,11 +36,14 @@ inline uint64_t shared(uint64_t offset) {
     return (uint64_t) cuhost::shared_memory() + (uint32_t) offset;
 }
 
-// A GPU refuses an access that is not aligned to all of its bytes.
-template <class T, int n> inline T * at(uint64_t address) {
+// A load or store of n elements. A GPU refuses one that is not aligned to all of its bytes.
+enum class access { load, store };
+
+template <access what, class T, int n> inline T * at(uint64_t address) {
     if (address % (n*sizeof(T)) != 0) {
         cuhost::fail("misaligned access");
     }
+    cuhost::check_access((const void *) address, n*sizeof(T), what == access::store);
     return (T *) address;
 }
 

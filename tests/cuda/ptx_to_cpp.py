@@ -12,8 +12,8 @@ against the declarations of the kernels links with either: with g++'s object of 
     .reg .b32 %r<9>;                                uint32_t r_r1 = POISON, ..., r_r8 = POISON;
     @%p1 bra $L__BB0_2;                             if (r_p1) { goto L__BB0_2; }
     mul.wide.u32 %rd4, %r1, 4;                      write(r_rd4, ptx::mul_wide<uint32_t>(read<uint32_t>(r_r1), 4));
-    ld.global.cs.v4.u32 {%r5,%r6,%r7,%r8}, [%rd4];  four reads through ptx::at<uint32_t, 4>(address), which checks
-                                                    the alignment
+    ld.global.cs.v4.u32 {%r5,%r6,%r7,%r8}, [%rd4];  four reads through ptx::at<load, uint32_t, 4>(address), which checks
+                                                    alignment and bounds
     mma.sync.aligned.m16n8k32...                    cuhost::mma_u8s8_m16n8k32(...)
 
 Registers are untyped in PTX, an instruction says how it takes them: read and write copy bits. Shared addresses are
@@ -393,14 +393,16 @@ class Kernel:
         address = self.address(args[1], space)
         targets = split(args[0][1:-1]) if n > 1 else [args[0]]
         loads = " ".join(self.write(r, kind, f"a[{i}]") for i, r in enumerate(targets))
-        return f"const auto a = ptx::at<{C_TYPES[kind]}, {n}>({address}); {loads}"
+        if space == "param":
+            return f"const auto a = (const {C_TYPES[kind]} *) ({address}); {loads}"
+        return f"const auto a = ptx::at<ptx::access::load, {C_TYPES[kind]}, {n}>({address}); {loads}"
 
     def op_st(self, args, mods, kind):
         space, n = self._access(mods)
         address = self.address(args[0], space)
         sources = split(args[1][1:-1]) if n > 1 else [args[1]]
         stores = " ".join(f"a[{i}] = {self.read(r, kind)};" for i, r in enumerate(sources))
-        return f"const auto a = ptx::at<{C_TYPES[kind]}, {n}>({address}); {stores}"
+        return f"const auto a = ptx::at<ptx::access::store, {C_TYPES[kind]}, {n}>({address}); {stores}"
 
     def op_prefetch(self, args, mods, kind):
         return ";"
