@@ -9,6 +9,7 @@ formulas. Everything printed is a prediction. bench/gpu.py shows what a card rea
 """
 
 import argparse
+import math
 import re
 import sys
 from dataclasses import dataclass
@@ -50,13 +51,22 @@ CARDS = {
 
 @dataclass(frozen=True)
 class Kernel:
-    """Of the decode kernel, what its machine code and launch parameters say."""
+    """Of the decode kernel, what its machine code and launch parameters say (tests/cuda/sass.py, dbf-launch.h)."""
 
-    instructions: float = 12.0  # a thread's, for 32 signs
+    instructions: float = 20.0  # a thread's, for 32 signs
     signs_an_mma: int = 512  # one m16n8k32 multiplies 16 rows of 32 signs by both planes
-    quantize: float = 15.0  # a thread's instructions for one input value, two passes
-    rows: int = 16  # of a tile
-    in_flight: int = 16384  # bytes that an SM has asked for: 8 warps, 16 rows, two loads of 4 words by 4 lanes
+    quantize: float = 20.0  # a thread's instructions for one input value, two passes
+    rows: int = 16  # of a tile, which a block takes at a time
+    step: int = 512  # signs of a row that a warp takes at a time
+    ahead: int = 1  # steps whose signs are on their way while a warp computes
+
+    def warps(self, n: int) -> int:
+        """Of a block, which share the n inputs."""
+        return 16 if n >= 16 * self.step else 8
+
+    def blocks(self, n: int) -> int:
+        """That an SM can hold; every one of them quantizes all inputs."""
+        return 1 if self.warps(n) == 16 else 2
 
 
 KERNEL = Kernel()
@@ -102,17 +112,19 @@ def stage(card: Card, n: int, rows: int, scales: int) -> dict[str, float]:
     scales  bytes of scales that it reads
     """
     signs = n * rows
-    tiles = -(-rows // KERNEL.rows)
-    per_sm = -(-tiles // card.sms) * KERNEL.rows * n / 8  # bytes of the SM with most tiles
+    tiles = math.ceil(math.ceil(rows / KERNEL.rows) / card.sms)  # of the SM with most of them
+    blocks = min(KERNEL.blocks(n), tiles)
+    in_flight = blocks * KERNEL.warps(n) * KERNEL.ahead * KERNEL.rows * KERNEL.step / 8
+    later = max(0, tiles * KERNEL.rows * n / 8 - in_flight)  # bytes that are asked for when others have arrived
     clocks = card.sms * card.clock * 1e3  # a µs
     times = {
         "memory": (signs / 8 + scales) / (card.bandwidth * 1e3 * EFFICIENCY),
-        "in flight": per_sm / (KERNEL.in_flight / LATENCY),
+        "in flight": later / (in_flight / LATENCY),
         "instructions": signs / 32 * KERNEL.instructions / (128 * clocks),
         "tensor cores": signs / KERNEL.signs_an_mma * 4096 / (card.int8 * clocks),
     }
     bound = max(times, key=times.get)
-    quantize = n * (4 / L2_WIDTH + KERNEL.quantize / 128) / (card.clock * 1e3)
+    quantize = blocks * n * (4 / L2_WIDTH + KERNEL.quantize / 128) / (card.clock * 1e3)
     start = max(LATENCY, quantize)
     return {"gap": card.gap, "start": start, "stream": times[bound], "tail": TAIL, "bound": bound, "times": times}
 
