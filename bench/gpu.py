@@ -195,7 +195,10 @@ class Bench:
 
     def __init__(self, settings: Settings, device: Device, out: Path):
         self.settings, self.device, self.out = settings, device, out
-        out.mkdir(parents=True, exist_ok=True)
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise DBFError(f"cannot write into {out}: {error.strerror}") from None
         now = datetime.now(timezone.utc).isoformat(timespec="seconds")
         settings_json = json.loads(json.dumps(asdict(settings), default=str))
         self.result = Result(asdict(device), patch_key(), now, settings_json)
@@ -204,8 +207,10 @@ class Bench:
     def run(self) -> Result:
         for part, work in {"checks": self.checks, "matvec": self.matvec, "decode": self.decode}.items():
             if part in self.settings.parts:
-                work()
-                self.save()
+                try:
+                    work()
+                finally:
+                    self.save()
         return self.result
 
     def save(self) -> None:

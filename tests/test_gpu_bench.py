@@ -292,6 +292,7 @@ def test_a_failed_check_ends_the_run(built, few_ops, tmp_path, monkeypatch):
     with pytest.raises(StepFailed, match=r"check.gguf: mean KLD .* between card and CPU"):
         bench.run()
     assert not bench.result.matvec and not list(tmp_path.glob("*.gguf")) and not list(tmp_path.glob("*.kld"))
+    assert json.loads((tmp_path / "gpu.json").read_text())["checks"]["logits"]  # it says what was wrong
 
 
 def test_logits_of_another_model_are_noticed(built, tmp_path, monkeypatch):
@@ -347,6 +348,12 @@ def test_no_card_or_bad_input_is_one_line(built, tmp_path, monkeypatch, capsys, 
     shown = capsys.readouterr()
     assert message in shown.err and shown.err.count("\n") == 1 and shown.out == ""
     assert not list(tmp_path.iterdir())
+
+
+def test_an_output_that_is_no_folder_is_one_line(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(DBFError, match="cannot write into .*/file: File exists"):
+        gpu.Bench(small(), CPU, tmp_path / "file")
 
 
 def test_without_a_build_there_is_one_line(monkeypatch, capsys):
