@@ -1,43 +1,38 @@
 #pragma once
 
 //
-// Sign products on CUDA: out[t][r] = s_out[r] * sum_i W[r][i]*v[t][i],  v = s_in*x,  W[r][i] = +1 or -1, stored as one bit.
+// Products with signs on CUDA: out[t][r] = s_out[r] * sum_i W[r][i]*v[t][i],  v = s_in*x,  W = +1 or -1, one bit each.
 //
-// Numbers. v is rounded to 16-bit integers with one scale, v ~ d*q with |q| <= 127*256 + 127, and q is kept as two planes of
-// bytes, q = 256*hi + lo. With w = 1 for +1 and 0 for -1,
+// Numbers. v is rounded to 16-bit integers with one scale, v ~ d*q, and q is kept as two planes of bytes, q = 256*hi + lo.
+// With w the bits of a row (1 = +1, 0 = -1)
 //
-//     sum_i W[i]*v[i] = d*sum (2*w - 1)*q = d*(2*S - sum q),    S = 256*(sum w*hi) + (sum w*lo)
+//     sum_i W[i]*v[i] = d*sum (2*w - 1)*q = d*(2*S - sum q),    S = 256*sum w*hi + sum w*lo
 //
-// and what is left are sums of bytes over set bits. The int8 tensor cores (and dp4a) compute them exactly. One plane with
-// one scale would be half the work but too coarse: the second product multiplies the rounding errors of the first.
+// so that all work is in sums of bytes over set bits, which the int8 tensor cores (or dp4a) do exactly. One plane with one
+// scale would be half the work, and too coarse: the factors multiply the rounding errors of both products.
 //
-// Bits to bytes. With m = 0x01010101, `word & m << j` is four bytes in one instruction: the bits j, j+8, j+16 and j+24, each
-// times 2^j. No shift brings them back to 0 and 1. The sums for each j are kept apart, and at the end sum_j acc_j >> j is
-// exact, since acc_j is a multiple of 2^j. Bits 4 to 7 use the masks of 0 to 3 on word >> 4: one shift for a whole word, and
-// half the accumulators. Which bits come together is arbitrary as long as the input is laid out alike: the 32 bytes of a
-// word's values are 8 registers, and register j has the values j, j+8, j+16, j+24.
+// Signs to bytes. With m_j = 0x01010101 << j, the word & m_j is four bytes, the bits j, j+8, j+16 and j+24, each times 2^j.
+// That is one instruction for four signs, and needs no shift: the sums for each j are kept apart, and the end takes
+// sum_j acc_j >> j, which is exact because acc_j is a multiple of 2^j. The inputs are laid out to match: a word's 32 values
+// are 8 registers, register j holds the bytes of the values j, j+8, j+16, j+24.
 //
-// Fragments. A tensor core instruction multiplies 16 rows with 8 columns over 32 values. Lane = 4*g + t of a warp gives and
-// gets (PTX ISA, mma.m16n8k32):
+// Fragments. A warp multiplies 16 rows, a tile, with up to 8 columns; lane = 4*g + t holds the rows g and g+8, and of 16 words,
+// a step, the words 4t..4t+3: one load of 16 bytes for each row. m16n8k32 wants of A, B and C (k is summed over, so any
+// order will do that is the same in A and B):
 //
-//                values of t      + 16                                      columns
-//     row g      a0               a2        b0, b1: column g        c0 c1: row g,     columns 2t, 2t+1
-//     row g+8    a1               a3        for the values of t     c2 c3: row g+8,   columns 2t, 2t+1
+//            k = 0..15    k = 16..31           columns
+//     row g    a0 of t      a2 of t       b0, b1 of (t, column g)      c0 c1: row g,   columns 2t, 2t+1
+//     row g+8  a1 of t      a3 of t                                    c2 c3: row g+8, columns 2t, 2t+1
 //
-// The order of the values is free as long as a and b agree. So a lane gives bits of its own words and nothing is ever moved
-// between lanes: a0 = word & m << j of row g, a1 of row g+8, a2 and a3 the same of word >> 4; b0 = register j of the input,
-// b1 = register j+4. The columns are 2*token + plane, hi first, so that lane t receives both sums of token t:
+//     a0 = word 2p of row g & m_j, a2 = word 2p+1;   b0, b1 = register j of the words 2p, 2p+1
 //
-//     word of a row:   4 instructions  (a0 a1 a2 a3) x (b0 b1)   for j = 0..3      = 16 rows * 32 signs * 8 columns each
-//     a step:          16 words of each row; lane t has four of them, 16 bytes in one load where the alignment allows it
-//
-// 4 ANDs and one mma for 512 signs of both planes, where sm_75 has four mma.m8n8k16 for the one. The six other columns of a
-// single token cost nothing: their lanes repeat columns 0 and 1, and nobody looks at the results.
+// Column 2*token is the plane hi of that token and 2*token + 1 the plane lo, so that lane t holds both sums of token t.
+// 4 ANDs and one mma for 512 signs and both planes; sm_75 needs four of its m8n8k16 for it.
 //
 
 #include "dbf-launch.h"
 
-#ifdef DBF_ON_CPU // the tests compile this file as C++
+#ifdef DBF_ON_CPU // tests compile this file as C++, see tests/cuda
 #include "cuhost.h"
 #define DBF_SHARED(type, name) type * name = (type *) cuhost::shared_memory()
 #define DBF_UNROLL
@@ -47,73 +42,51 @@
 #define DBF_UNROLL _Pragma("unroll")
 #endif
 
-// Kernels are compiled for every architecture of a build, and are empty where they are never launched.
-#if defined(DBF_ON_CPU) || __CUDA_ARCH__ >= 750
-#define DBF_MMA_AVAILABLE
-#endif
-#if defined(DBF_ON_CPU) || __CUDA_ARCH__ >= 610
-#define DBF_DP4A_AVAILABLE
-#endif
+#define DBF_QMAX     (127*256 + 127)
+#define DBF_TINY     1e-30f      // a vector below is zero: 1/d would overflow
+#define DBF_INFINITY 0x7f800000u // |v| as an integer from here on: infinity or NaN
 
-#define DBF_QMAX     32639.0f      // 127*256 + 127
-#define DBF_TINY     1e-30f        // a vector whose largest value is below counts as zero: 1/d would overflow
-#define DBF_INFINITY 0x7f800000u   // bits; those of NaNs are larger
-#define DBF_NAN      0x7fc00000u
-#define DBF_F16_MAX  16384.0f      // what the largest value becomes in fp16
-#define DBF_ONES     0x01010101u
-#define DBF_AHEAD    2             // decode: steps whose signs are on their way
+// ---- tensor cores
 
-// ---- instructions
-
-// c += a*b with bytes, a unsigned and b signed: 16 rows, 8 columns, 32 values
-static __device__ __forceinline__ void dbf_mma(int (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+// c += a*b, a u8 [16 x 32], b s8 [32 x 8]
+static __device__ __forceinline__ void dbf_mma_q8(int (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
 #if defined(DBF_ON_CPU)
     cuhost::mma_u8s8_m16n8k32(c, a, b);
 #elif __CUDA_ARCH__ >= 800
-    asm("mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-        : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+    asm volatile("mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 #elif __CUDA_ARCH__ >= 750
-    // the same by 8 rows and 16 values at a time
-    asm("mma.sync.aligned.m8n8k16.row.col.s32.u8.s8.s32 {%0, %1}, {%2}, {%3}, {%0, %1};"
-        : "+r"(c[0]), "+r"(c[1]) : "r"(a[0]), "r"(b[0]));
-    asm("mma.sync.aligned.m8n8k16.row.col.s32.u8.s8.s32 {%0, %1}, {%2}, {%3}, {%0, %1};"
-        : "+r"(c[2]), "+r"(c[3]) : "r"(a[1]), "r"(b[0]));
-    asm("mma.sync.aligned.m8n8k16.row.col.s32.u8.s8.s32 {%0, %1}, {%2}, {%3}, {%0, %1};"
-        : "+r"(c[0]), "+r"(c[1]) : "r"(a[2]), "r"(b[1]));
-    asm("mma.sync.aligned.m8n8k16.row.col.s32.u8.s8.s32 {%0, %1}, {%2}, {%3}, {%0, %1};"
-        : "+r"(c[2]), "+r"(c[3]) : "r"(a[3]), "r"(b[1]));
+    DBF_UNROLL
+    for (int k = 0; k < 2; ++k) {     // halves of k
+        DBF_UNROLL
+        for (int r = 0; r < 2; ++r) { // halves of the rows
+            asm volatile("mma.sync.aligned.m8n8k16.row.col.s32.u8.s8.s32 {%0, %1}, {%2}, {%3}, {%0, %1};"
+                : "+r"(c[2*r]), "+r"(c[2*r + 1]) : "r"(a[2*k + r]), "r"(b[k]));
+        }
+    }
 #endif
 }
 
-// c += a*b with fp16 factors and fp32 sums: 16 rows, 8 columns, 16 values, two in a register
-static __device__ __forceinline__ void dbf_mma(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+// c += a*b, a [16 x 16], b [16 x 8] in fp16; a0 a1 b0 and a2 a3 b1 are the halves of k
+static __device__ __forceinline__ void dbf_mma_f16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
 #if defined(DBF_ON_CPU)
     cuhost::mma_f16_m16n8k16(c, a, b);
 #elif __CUDA_ARCH__ >= 800
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 #elif __CUDA_ARCH__ >= 750
-    asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a[0]), "r"(a[1]), "r"(b[0]));
-    asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a[2]), "r"(a[3]), "r"(b[1]));
+    DBF_UNROLL
+    for (int k = 0; k < 2; ++k) {
+        asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
+            : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a[2*k]), "r"(a[2*k + 1]), "r"(b[k]));
+    }
 #endif
 }
 
-// c + four products of signed bytes
-static __device__ __forceinline__ int dbf_dp4a(uint32_t a, uint32_t b, int c) {
-#ifdef DBF_DP4A_AVAILABLE
-    return __dp4a((int) a, (int) b, c);
-#else
-    return c;
-#endif
-}
+// ---- launches that overlap
 
-// Programmatic dependent launch, sm_90 and newer: a kernel may start while the one before it still runs. Signs and scales
-// were there before both, so that their loads need not wait; everything that the kernel before wrote has to, and so has
-// every write, because the kernel before may still read what was there.
+// From sm_90 on a kernel may be launched while the one before it still runs ("programmatic dependent launch", which ggml uses
+// for its own kernels). What does not depend on that one, the signs, is loaded before this wait; all else comes behind it.
 static __device__ __forceinline__ void dbf_wait_for_previous_kernel() {
 #if defined(DBF_ON_CPU)
     cuhost::wait_for_previous_grid();
@@ -128,370 +101,362 @@ static __device__ __forceinline__ void dbf_let_next_kernel_start() {
 #endif
 }
 
-static __device__ __forceinline__ uint32_t dbf_warp_max(uint32_t v) {
-    DBF_UNROLL
-    for (int bit = 16; bit > 0; bit >>= 1) {
-        const uint32_t other = __shfl_xor_sync(0xffffffff, v, bit);
-        v = v > other ? v : other;
-    }
-    return v;
-}
-
-static __device__ __forceinline__ int dbf_warp_sum(int v) {
-    DBF_UNROLL
-    for (int bit = 16; bit > 0; bit >>= 1) {
-        v += __shfl_xor_sync(0xffffffff, v, bit);
-    }
-    return v;
-}
+// ---- small things
 
 static __device__ __forceinline__ uint32_t dbf_get(const uint4 & v, int i) {
     return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w;
 }
 
-static __device__ __forceinline__ float dbf_scale(const void * s, dbf_scale_type type, int i) {
+static __device__ __forceinline__ float dbf_scale(const void * s, dbf_scale_type type, int64_t i) {
     return type == DBF_SCALE_F16 ? __half2float(((const __half *) s)[i]) : ((const float *) s)[i];
 }
 
-// ---- signs
-
-// Which of the 16 words of a step lane t has as its i-th. Neighbouring lanes load neighbouring bytes.
-static __device__ __forceinline__ int dbf_word_of(int vec, int t, int i) {
-    return vec == 4 ? 4*t + i : vec == 2 ? 8*(i/2) + 2*t + i%2 : 4*i + t;
-}
-
-// The four words of lane t of a step that begins at `word`. Behind the end of a ragged row any sign will do, because the
-// input is zero there, so that the last load of the row stands in: no branch, and nothing outside the row is read.
-// `once`: nobody will read these signs again before the next token. They must not evict the input from the caches.
-template <int VEC, bool ONCE>
-static __device__ __forceinline__ void dbf_load_signs(uint32_t (&w)[4], const uint32_t * row, int word, int t, int n_words) {
+static __device__ __forceinline__ int dbf_warp_sum(int v) {
     DBF_UNROLL
-    for (int i = 0; i < 4; i += VEC) {
-        const int at   = word + dbf_word_of(VEC, t, i);
-        const int last = n_words - VEC;
-        const uint32_t * p = row + (at < last ? at : last);
-        if constexpr (VEC == 4) {
-            const uint4 v = ONCE ? __ldcs((const uint4 *) p) : __ldg((const uint4 *) p);
-            w[0] = v.x;
-            w[1] = v.y;
-            w[2] = v.z;
-            w[3] = v.w;
-        } else if constexpr (VEC == 2) {
-            const uint2 v = ONCE ? __ldcs((const uint2 *) p) : __ldg((const uint2 *) p);
-            w[i]     = v.x;
-            w[i + 1] = v.y;
-        } else {
-            w[i] = ONCE ? __ldcs(p) : __ldg(p);
-        }
+    for (int bits = 16; bits > 0; bits >>= 1) {
+        v += __shfl_xor_sync(0xffffffff, v, bits);
     }
+    return v;
 }
 
-static __device__ __forceinline__ const uint32_t * dbf_row(const dbf_args & a, int row) {
-    row = row < a.n_rows ? row : a.n_rows - 1; // the result of a row that is not there is dropped
-    return a.signs + (int64_t) row*a.n_words;
-}
-
-// ---- quantization
-//
-// A warp takes 16 words of the input, a step, at a time: lane = 8*t + j has the values j, j+8, j+16 and j+24 of the four words
-// that lane t of the sign product has. Those are the bytes of register j, and eight lanes together read 32 bytes in a row.
-
-template <dbf_scale_type S>
-static __device__ __forceinline__ void dbf_load_input(const dbf_args & a, const float * x, int vec, int step, int lane, float (&v)[4][4]) {
-    const int t = lane/8;
-    const int j = lane%8;
+static __device__ __forceinline__ uint32_t dbf_warp_max(uint32_t v) {
     DBF_UNROLL
-    for (int i = 0; i < 4; ++i) {
-        const int word = step*DBF_STEP + dbf_word_of(vec, t, i);
-        DBF_UNROLL
-        for (int b = 0; b < 4; ++b) {
-            const int at = word*DBF_WORD + 8*b + j;
-            v[i][b] = 0.0f;
-            if (word < a.n_words) {
-                v[i][b] = S == DBF_SCALE_NONE ? x[at] : x[at]*dbf_scale(a.s_in, S, at);
+    for (int bits = 16; bits > 0; bits >>= 1) {
+        const uint32_t other = __shfl_xor_sync(0xffffffff, v, bits);
+        v = v > other ? v : other;
+    }
+    return v;
+}
+
+// The words 4t..4t+3 of a step of a row; what the matrix does not have is 0. Signs are read exactly once for a token, so
+// they must not evict from the L2 cache what every block reads, the input: hence __ldcs.
+// VECTOR: words in a load. 4 wants rows of a multiple of 16 bytes, 1 fits all.
+template <int VECTOR>
+static __device__ __forceinline__ uint4 dbf_load_signs(const dbf_args & args, int row, int step, int t) {
+    const int first = step*DBF_STEP_WORDS + 4*t;
+    const int n     = row < args.rows ? args.n_words - first : 0;
+    const uint32_t * p = args.signs + (int64_t) row*args.n_words + first;
+
+    if (VECTOR == 4) {
+        return n > 0 ? __ldcs((const uint4 *) p) : make_uint4(0, 0, 0, 0);
+    }
+    return make_uint4(n > 0 ? __ldcs(p) : 0, n > 1 ? __ldcs(p + 1) : 0, n > 2 ? __ldcs(p + 2) : 0, n > 3 ? __ldcs(p + 3) : 0);
+}
+
+// ---- rounding the input
+
+// Half a word: v[b][j] = value 8*b + 4*half + j of the word, for the registers 4*half + j. Missing words are 0.
+static __device__ __forceinline__ void dbf_load_input(const dbf_args & args, int64_t token, int word, int half, float (&v)[4][4]) {
+    const bool there = word < args.n_words;
+
+    DBF_UNROLL
+    for (int b = 0; b < 4; ++b) {
+        const int64_t i = (int64_t) word*DBF_WORD + 8*b + 4*half;
+        const float * x = args.x + token*args.x_stride + i;
+        if (!there) {
+            v[b][0] = v[b][1] = v[b][2] = v[b][3] = 0.0f;
+        } else if (args.x_vector) {
+            const float4 f = *(const float4 *) x;
+            v[b][0] = f.x; v[b][1] = f.y; v[b][2] = f.z; v[b][3] = f.w;
+        } else {
+            DBF_UNROLL
+            for (int j = 0; j < 4; ++j) {
+                v[b][j] = x[j];
             }
         }
     }
+    if (!there || args.s_in_type == DBF_SCALE_NONE) {
+        return;
+    }
+    DBF_UNROLL
+    for (int b = 0; b < 4; ++b) {
+        const int64_t i = (int64_t) word*DBF_WORD + 8*b + 4*half;
+        float s[4];
+        if (!args.x_vector) {
+            DBF_UNROLL
+            for (int j = 0; j < 4; ++j) {
+                s[j] = dbf_scale(args.s_in, args.s_in_type, i + j);
+            }
+        } else if (args.s_in_type == DBF_SCALE_F16) {
+            const uint2  h  = *(const uint2 *) ((const __half *) args.s_in + i);
+            const float2 lo = __half22float2(*(const __half2 *) &h.x);
+            const float2 hi = __half22float2(*(const __half2 *) &h.y);
+            s[0] = lo.x; s[1] = lo.y; s[2] = hi.x; s[3] = hi.y;
+        } else {
+            const float4 f = *(const float4 *) ((const float *) args.s_in + i);
+            s[0] = f.x; s[1] = f.y; s[2] = f.z; s[3] = f.w;
+        }
+        DBF_UNROLL
+        for (int j = 0; j < 4; ++j) {
+            v[b][j] *= s[j];
+        }
+    }
 }
 
-// The bits of |v| order like integers, with infinity and NaN above all finite values: one maximum sees everything.
+// The largest |v| as an integer: the bits of floats without a sign order like integers, with infinity and NaN on top, so
+// that one maximum sees everything.
 static __device__ __forceinline__ uint32_t dbf_largest(const float (&v)[4][4], uint32_t largest) {
     DBF_UNROLL
-    for (int i = 0; i < 4; ++i) {
+    for (int b = 0; b < 4; ++b) {
         DBF_UNROLL
-        for (int b = 0; b < 4; ++b) {
-            const uint32_t bits = __float_as_uint(v[i][b]) & 0x7fffffffu;
+        for (int j = 0; j < 4; ++j) {
+            const uint32_t bits = __float_as_uint(v[b][j]) & 0x7fffffffu;
             largest = largest > bits ? largest : bits;
         }
     }
     return largest;
 }
 
-// The scale d for values up to `largest`, which become integers (or fp16) up to `range`, and 1/d. A vector of zeros gets 0 for
-// both. One with a NaN or an infinity gets d = NaN, so that all its results are NaN like those of a dense product, and 0
-// for the other.
-static __device__ __forceinline__ float dbf_step_size(uint32_t largest, float range, float & inverse) {
+// d of a vector, and 1/d; a NaN or an infinity makes all results NaN, as in a dense product
+static __device__ __forceinline__ float dbf_step_size(uint32_t largest, float & inverse) {
+    const float amax = __uint_as_float(largest);
     inverse = 0.0f;
     if (largest >= DBF_INFINITY) {
-        return __uint_as_float(DBF_NAN);
+        return __uint_as_float(0x7fc00000u);
     }
-    if (__uint_as_float(largest) < DBF_TINY) {
+    if (amax < DBF_TINY) {
         return 0.0f;
     }
-    const float d = __uint_as_float(largest)*(1.0f/range);
-    inverse = __frcp_rn(d); // from 1/d and not from 1/largest, which fast arithmetic flushes to zero above 2^126
-    return d;
+    inverse = DBF_QMAX/amax;
+    return amax/DBF_QMAX;
 }
 
-// Four values to two planes of bytes: register j of a word
-static __device__ __forceinline__ void dbf_quantize_q8(const float (&v)[4], float inverse, uint32_t & hi, uint32_t & lo) {
-    if (inverse == 0.0f) { // v may be NaN
-        hi = lo = 0;
-        return;
-    }
-    // Adding 1.5*2^23 rounds to an integer, which is then in the low bits, as two's complement. lo is byte 0, as a signed
-    // number; hi is the rest, and adding 128 first makes up for a negative lo: byte 1.
-    uint32_t q[4], r[4];
+// Four registers of each plane, and what they add to the planes' sums
+static __device__ __forceinline__ void dbf_round_q8(const float (&v)[4][4], float inverse, uint4 & hi, uint4 & lo, int & sum_hi, int & sum_lo) {
+    uint32_t h[4], l[4];
     DBF_UNROLL
-    for (int b = 0; b < 4; ++b) {
-        q[b] = __float_as_uint(fmaf(v[b], inverse, 12582912.0f));
-        r[b] = q[b] + 128;
+    for (int j = 0; j < 4; ++j) {
+        uint32_t q[4], r[4]; // lo = byte 0 of q, as a signed one; hi = byte 1 of q + 128, to make up for its sign
+        DBF_UNROLL
+        for (int b = 0; b < 4; ++b) {
+            q[b] = inverse > 0.0f ? (uint32_t) __float2int_rn(v[b][j]*inverse) : 0;
+            r[b] = q[b] + 128;
+        }
+        l[j] = __byte_perm(__byte_perm(q[0], q[1], 0x0040), __byte_perm(q[2], q[3], 0x0040), 0x5410);
+        h[j] = __byte_perm(__byte_perm(r[0], r[1], 0x0051), __byte_perm(r[2], r[3], 0x0051), 0x5410);
+        sum_hi = __dp4a((int) h[j], 0x01010101, sum_hi);
+        sum_lo = __dp4a((int) l[j], 0x01010101, sum_lo);
     }
-    lo = __byte_perm(__byte_perm(q[0], q[1], 0x0040), __byte_perm(q[2], q[3], 0x0040), 0x5410);
-    hi = __byte_perm(__byte_perm(r[0], r[1], 0x0051), __byte_perm(r[2], r[3], 0x0051), 0x5410);
+    hi = make_uint4(h[0], h[1], h[2], h[3]);
+    lo = make_uint4(l[0], l[1], l[2], l[3]);
 }
 
-// Quantizes the steps [step0, step1) of one token with one scale, for the warp's own use: it computes the sums over these
-// steps, and other warps never see them. So each slice gets a scale that fits it, and no barrier is needed before the sums.
-// planes: of the token in the first step of the chunk, see dbf_decode
-template <int VEC, int TOKENS, dbf_scale_type S>
-static __device__ __forceinline__ void dbf_quantize_slice(
-        const dbf_args & a, const float * x, uint32_t * planes, int chunk, int step0, int step1, int lane, float & d, int & sum) {
-    float    v[4][4];
+// ---- one token
+
+// Where the registers 4*half..4*half+3 of a plane of word `word` of a step are, in uint4. The 8 lanes that read them together,
+// two columns and four t, read 128 bytes in a row: all banks once.
+static __device__ __forceinline__ int dbf_plane_at(int step, int word, int half, int plane) {
+    return (((step*4 + word%4)*2 + half)*4 + word/4)*2 + plane;
+}
+
+// Rounds the part of the input that this warp will sum, steps first, first + stride, … below end, into shared memory.
+static __device__ __forceinline__ dbf_rounding dbf_round_slice(const dbf_args & args, int token, uint4 * planes, int begin, int end, int stride, int first, int lane) {
+    const int word = lane/2;
+    const int half = lane%2;
+
     uint32_t largest = 0;
-    for (int step = step0; step < step1; ++step) {
-        dbf_load_input<S>(a, x, VEC, chunk + step, lane, v);
+    for (int step = first; step < end; step += stride) {
+        float v[4][4];
+        dbf_load_input(args, token, step*DBF_STEP_WORDS + word, half, v);
         largest = dbf_largest(v, largest);
     }
-
     float inverse;
-    d = dbf_step_size(dbf_warp_max(largest), DBF_QMAX, inverse);
+    dbf_rounding info = { dbf_step_size(dbf_warp_max(largest), inverse), 0, 0 };
 
-    const int t = lane/8;
-    const int j = lane%8;
-    int sum_hi = 0;
-    int sum_lo = 0;
-    for (int step = step1 - 1; step >= step0; --step) { // backwards: the last step is still in registers
-        if (step != step1 - 1) {
-            dbf_load_input<S>(a, x, VEC, chunk + step, lane, v);
-        }
-        DBF_UNROLL
-        for (int i = 0; i < 4; ++i) {
-            uint32_t hi, lo;
-            dbf_quantize_q8(v[i], inverse, hi, lo);
-            sum_hi = dbf_dp4a(hi, DBF_ONES, sum_hi);
-            sum_lo = dbf_dp4a(lo, DBF_ONES, sum_lo);
-            uint32_t * to = planes + (((step*8 + 2*i + j/4)*TOKENS*2)*4 + t)*4 + j%4;
-            to[0]   = hi;
-            to[4*4] = lo;
-        }
+    // read again rather than kept: the second time it comes from the L1 cache
+    for (int step = first; step < end; step += stride) {
+        float v[4][4];
+        dbf_load_input(args, token, step*DBF_STEP_WORDS + word, half, v);
+        uint4 hi, lo;
+        dbf_round_q8(v, inverse, hi, lo, info.sum_hi, info.sum_lo);
+        planes[dbf_plane_at(step - begin, word, half, 0)] = hi;
+        planes[dbf_plane_at(step - begin, word, half, 1)] = lo;
     }
-    sum = dbf_warp_sum(256*sum_hi + sum_lo);
+    info.sum_hi = dbf_warp_sum(info.sum_hi);
+    info.sum_lo = dbf_warp_sum(info.sum_lo);
+    return info;
 }
 
-// ---- up to 4 tokens
-//
-// Reading the signs is nearly all that one token costs, so that everything is arranged around loads: a warp has the signs of
-// DBF_AHEAD steps on their way before it quantizes its input, and while it computes.
-//
-//               n_words
-//         +----+----+----+----+
-//         | w0 | w1 | .. | w7 |   a tile: 16 rows. Each warp has a slice of the row, computes the sums of 16 rows for it,
-//         +----+----+----+----+   with its own scale, and shared memory adds the slices up, always in the same order.
-//         |    |    |    |    |   The next tile of the block is grid_x tiles further down.
-//
-// Shared memory, in uint4:
-//     planes    [step of the chunk][2*word of the lane + half][token][plane][t]      half: registers 0..3 or 4..7
-//     partial   [parity][warp][token][16] floats
-// What a warp loads at a time is contiguous, whatever the number of tokens: no bank conflicts.
-//
-// An input that does not fit is taken in chunks, and y collects their results: rare, n > 30,000 with one token on most cards.
-// Without tensor cores (MMA = false) the order of work is the same, for one token, and blockIdx.y goes through the tokens.
-template <int VEC, int TOKENS, bool MMA>
-__global__ void __launch_bounds__(32*DBF_WARPS, DBF_BLOCKS_SM) dbf_decode(const dbf_args a) {
-#if defined(DBF_MMA_AVAILABLE) || defined(DBF_DP4A_AVAILABLE)
-    DBF_SHARED(uint4, planes);
-    float * partial = (float *) (planes + a.chunk_steps*64*TOKENS);
-
-    const int lane    = threadIdx.x%32;
-    const int warp    = threadIdx.x/32;
-    const int n_warps = blockDim.x/32;
-    const int g       = lane/4;
-    const int t       = lane%4;
-    const int n_tiles = (a.n_rows + DBF_ROWS - 1)/DBF_ROWS;
-    int parity = 0;
-
-    for (int token0 = blockIdx.y*TOKENS; token0 < a.n_tokens; token0 += gridDim.y*TOKENS) {
-        const int live = a.n_tokens - token0 < TOKENS ? a.n_tokens - token0 : TOKENS;
-
-        for (int chunk = 0; chunk < a.n_steps; chunk += a.chunk_steps) {
-            const int n     = a.n_steps - chunk < a.chunk_steps ? a.n_steps - chunk : a.chunk_steps;
-            const int step0 = n*warp/n_warps;
-            const int step1 = n*(warp + 1)/n_warps;
-
-            // signs of the steps to come: of this tile and then of the next one, so that no load waits for the end of a tile
-            uint32_t ahead[DBF_AHEAD][2][4] = {};
-            int next_tile = blockIdx.x;
-            int next_step = step0;
-            const uint32_t * next_row[2] = { dbf_row(a, next_tile*DBF_ROWS + g), dbf_row(a, next_tile*DBF_ROWS + g + 8) };
-            const auto load_next = [&](uint32_t (&w)[2][4]) {
-                if (next_tile >= n_tiles || step0 == step1) {
-                    return;
-                }
-                dbf_load_signs<VEC, true>(w[0], next_row[0], (chunk + next_step)*DBF_STEP, t, a.n_words);
-                dbf_load_signs<VEC, true>(w[1], next_row[1], (chunk + next_step)*DBF_STEP, t, a.n_words);
-                if (++next_step == step1) {
-                    next_step = step0;
-                    next_tile += gridDim.x;
-                    next_row[0] = dbf_row(a, next_tile*DBF_ROWS + g);
-                    next_row[1] = dbf_row(a, next_tile*DBF_ROWS + g + 8);
-                }
-            };
-            DBF_UNROLL
-            for (int i = 0; i < DBF_AHEAD; ++i) {
-                load_next(ahead[i]);
-            }
-
-            dbf_wait_for_previous_kernel();
-
-            // lane t keeps the scale of token t, whose sums it will have
-            float d   = 0.0f;
-            int   sum = 0;
-            DBF_UNROLL
-            for (int token = 0; token < TOKENS; ++token) {
-                if (token < live) {
-                    const float * x  = a.x + (token0 + token)*a.x_stride;
-                    uint32_t    * to = (uint32_t *) (planes + token*8);
-                    float d_token;
-                    int   sum_token;
-                    if (a.s_in_type == DBF_SCALE_F16) {
-                        dbf_quantize_slice<VEC, TOKENS, DBF_SCALE_F16>(a, x, to, chunk, step0, step1, lane, d_token, sum_token);
-                    } else if (a.s_in_type == DBF_SCALE_F32) {
-                        dbf_quantize_slice<VEC, TOKENS, DBF_SCALE_F32>(a, x, to, chunk, step0, step1, lane, d_token, sum_token);
-                    } else {
-                        dbf_quantize_slice<VEC, TOKENS, DBF_SCALE_NONE>(a, x, to, chunk, step0, step1, lane, d_token, sum_token);
-                    }
-                    d   = t == token ? d_token   : d;
-                    sum = t == token ? sum_token : sum;
-                }
-            }
-            __syncwarp();
-            dbf_let_next_kernel_start();
-
-            // the lane's column: a token and a plane. Columns behind the last token repeat its columns.
-            const int column = (g/2)%TOKENS < live ? (g/2)%TOKENS : live - 1;
-            const uint4 * input = planes + (MMA ? (column*2 + g%2)*4 : 0) + t;
-
-            for (int tile = blockIdx.x; tile < n_tiles; tile += gridDim.x) {
-                const int  row    = tile*DBF_ROWS + (int) threadIdx.x%DBF_ROWS;
-                const int  token  = token0 + (int) threadIdx.x/DBF_ROWS;
-                const bool writes = threadIdx.x < DBF_ROWS*TOKENS && row < a.n_rows && token < a.n_tokens;
-                const float scale = writes ? dbf_scale(a.s_out, a.s_out_type, row) : 0.0f; // early: it takes its time
-
-                int acc[4][4] = {}; // [j][row g: hi, lo, row g+8: hi, lo]
-                for (int step = step0; step < step1; ++step) {
-                    uint32_t w[2][4];
-                    DBF_UNROLL
-                    for (int i = 0; i < 4; ++i) {
-                        w[0][i] = ahead[0][0][i];
-                        w[1][i] = ahead[0][1][i];
-                        DBF_UNROLL
-                        for (int k = 0; k + 1 < DBF_AHEAD; ++k) {
-                            ahead[k][0][i] = ahead[k + 1][0][i];
-                            ahead[k][1][i] = ahead[k + 1][1][i];
-                        }
-                    }
-                    load_next(ahead[DBF_AHEAD - 1]);
-
-                    DBF_UNROLL
-                    for (int i = 0; i < 4; ++i) {
-                        const uint32_t upper[2] = { w[0][i] >> 4, w[1][i] >> 4 };
-                        DBF_UNROLL
-                        for (int plane = 0; plane < (MMA ? 1 : 2); ++plane) {
-                            const uint4 b0 = input[((step*8 + 2*i)    *TOKENS*2 + plane)*4];
-                            const uint4 b1 = input[((step*8 + 2*i + 1)*TOKENS*2 + plane)*4];
-                            DBF_UNROLL
-                            for (int j = 0; j < 4; ++j) {
-                                const uint32_t mask = DBF_ONES << j;
-                                const uint32_t bits[4] = { w[0][i] & mask, w[1][i] & mask, upper[0] & mask, upper[1] & mask };
-                                const uint32_t b[2]    = { dbf_get(b0, j), dbf_get(b1, j) };
-                                if constexpr (MMA) {
-                                    dbf_mma(acc[j], bits, b);
-                                } else {
-                                    acc[j][plane]     = dbf_dp4a(bits[2], b[1], dbf_dp4a(bits[0], b[0], acc[j][plane]));
-                                    acc[j][2 + plane] = dbf_dp4a(bits[3], b[1], dbf_dp4a(bits[1], b[0], acc[j][2 + plane]));
-                                }
-                            }
-                        }
-                    }
-                }
-
-                int s[4];
+// acc[j] += the step's products for bit j. Tensor cores: a fragment C, of which lane t = 0 has what counts. dp4a: { hi, lo } of
+// row g and of row g+8, over this lane's words.
+template <bool MMA>
+static __device__ __forceinline__ void dbf_dot_step(int (&acc)[8][4], const uint4 & row0, const uint4 & row1, const uint4 * planes, int step, int g, int t) {
+    DBF_UNROLL
+    for (int pair = 0; pair < 2; ++pair) {
+        const uint32_t w00 = dbf_get(row0, 2*pair), w01 = dbf_get(row0, 2*pair + 1);
+        const uint32_t w10 = dbf_get(row1, 2*pair), w11 = dbf_get(row1, 2*pair + 1);
+        DBF_UNROLL
+        for (int half = 0; half < 2; ++half) {
+            if (MMA) {
+                // The six columns without a token get the same planes again: a column of C depends on that column of B
+                // alone, nobody looks at theirs, and a broadcast is cheaper than zeros.
+                const uint4 b0 = planes[dbf_plane_at(step, 4*t + 2*pair,     half, g%2)];
+                const uint4 b1 = planes[dbf_plane_at(step, 4*t + 2*pair + 1, half, g%2)];
                 DBF_UNROLL
                 for (int i = 0; i < 4; ++i) {
-                    s[i] = acc[0][i] + (acc[1][i] >> 1) + (acc[2][i] >> 2) + (acc[3][i] >> 3);
-                    if constexpr (!MMA) { // the four lanes of a row have different words of it
-                        s[i] += __shfl_xor_sync(0xffffffff, s[i], 1);
-                        s[i] += __shfl_xor_sync(0xffffffff, s[i], 2);
+                    const int j = 4*half + i;
+                    const uint32_t m    = 0x01010101u << j;
+                    const uint32_t a[4] = { w00 & m, w10 & m, w01 & m, w11 & m };
+                    const uint32_t b[2] = { dbf_get(b0, i), dbf_get(b1, i) };
+                    dbf_mma_q8(acc[j], a, b);
+                }
+            } else {
+                DBF_UNROLL
+                for (int k = 0; k < 2; ++k) {
+                    const uint32_t w0 = k == 0 ? w00 : w01;
+                    const uint32_t w1 = k == 0 ? w10 : w11;
+                    DBF_UNROLL
+                    for (int plane = 0; plane < 2; ++plane) {
+                        const uint4 b = planes[dbf_plane_at(step, 4*t + 2*pair + k, half, plane)];
+                        DBF_UNROLL
+                        for (int i = 0; i < 4; ++i) {
+                            const int j = 4*half + i;
+                            // dp4a is signed: for 0x80 to be +128 the last bit is shifted down
+                            const uint32_t m0 = j < 7 ? w0 & (0x01010101u << j) : (w0 >> 7) & 0x01010101u;
+                            const uint32_t m1 = j < 7 ? w1 & (0x01010101u << j) : (w1 >> 7) & 0x01010101u;
+                            acc[j][plane]     = __dp4a((int) m0, (int) dbf_get(b, i), acc[j][plane]);
+                            acc[j][2 + plane] = __dp4a((int) m1, (int) dbf_get(b, i), acc[j][2 + plane]);
+                        }
                     }
                 }
-
-                // The two halves of `partial` take turns, and so one barrier a tile is enough: who writes a half again has
-                // passed the barrier of the tile in between, which comes after the reads of this one.
-                float * mine = partial + (parity*n_warps + warp)*TOKENS*DBF_ROWS;
-                if (t < TOKENS) {
-                    mine[t*DBF_ROWS + g]     = d*(float) (2*(256*s[0] + s[1]) - sum);
-                    mine[t*DBF_ROWS + g + 8] = d*(float) (2*(256*s[2] + s[3]) - sum);
-                }
-                __syncthreads();
-                if (writes) {
-                    float total = 0.0f;
-                    for (int i = 0; i < n_warps; ++i) {
-                        total += partial[(parity*n_warps + i)*TOKENS*DBF_ROWS + (int) threadIdx.x];
-                    }
-                    float * y = a.y + (int64_t) token*a.n_rows + row;
-                    *y = chunk == 0 ? scale*total : *y + scale*total; // this thread wrote it
-                }
-                parity ^= 1;
             }
         }
     }
-#endif
 }
 
-// ---- more tokens: the input is quantized once, into the fragments that dbf_tile reads
+// One token: a stage in one launch. The warps of a block share a tile of rows and divide its steps, so that each warp rounds only
+// what it sums itself, with a scale of its own, and the first loads of signs are on their way before that begins. A block takes
+// the tiles blockIdx.x, + gridDim.x, …; with it the input is rounded once for all of them.
 //
-// fragments, in uint4: [group][step][load][lane], lane = 4*column + t. A group is 8 columns:
-//     int8    4 tokens of two planes; load = 2*word of the lane + half, 8 of them, the layout of dbf_decode with 4 tokens
-//     fp16    8 tokens; load = 4*word of the lane + m/4, 16 of them: register m has the values m and m + 16
+//   shared memory:  planes of the input [chunk_steps][4][2][4][2] uint4  |  partial sums [2][WARPS][16]
+//
+// Signs are loaded two steps ahead, over the ends of tiles: 2 KB a warp are under way, 32 KB a multiprocessor, which is what
+// it takes to hide the latency of an H100's memory.
+//
+// Input that does not fit is taken in chunks, and then rounded anew for every tile: slow, and needed only for n above 40,000.
+// sm_61 to sm_72 (MMA = false) have the same order of work and a row of blocks for each token.
+template <int WARPS, int VECTOR, bool MMA>
+__global__ void __launch_bounds__(32*WARPS, DBF_DECODE_BLOCKS(WARPS)) dbf_decode(const dbf_args args) {
+    DBF_SHARED(uint4, planes);
+    float * partial = (float *) (planes + args.chunk_steps*(DBF_STEP_BYTES/sizeof(uint4)));
 
-template <bool F16, dbf_scale_type S>
-static __device__ __forceinline__ void dbf_quantize_token(const dbf_args & a, uint32_t * shared) {
     const int lane  = threadIdx.x%32;
     const int warp  = threadIdx.x/32;
-    const int t     = lane/8;
-    const int j     = lane%8;
+    const int g     = lane/4;
+    const int t     = lane%4;
+    const int token = blockIdx.y;
+
+    const int n_steps = (args.n_words + DBF_STEP_WORDS - 1)/DBF_STEP_WORDS;
+    const int n_tiles = (args.rows + DBF_TILE_ROWS - 1)/DBF_TILE_ROWS;
+    const bool chunked = args.chunk_steps < n_steps;
+
+    dbf_let_next_kernel_start();
+
+    uint4 ahead[2][2]; // [step after next][row g or g+8]
+    int   ahead_row  = blockIdx.x*DBF_TILE_ROWS + g;
+    int   ahead_step = warp;
+    const auto load_ahead = [&](uint4 (&rows)[2]) {
+        rows[0] = dbf_load_signs<VECTOR>(args, ahead_row,     ahead_step, t);
+        rows[1] = dbf_load_signs<VECTOR>(args, ahead_row + 8, ahead_step, t);
+        ahead_step += WARPS;
+        if (ahead_step >= n_steps) {
+            ahead_step = warp;
+            ahead_row += gridDim.x*DBF_TILE_ROWS;
+        }
+    };
+    load_ahead(ahead[0]);
+    load_ahead(ahead[1]);
+    dbf_wait_for_previous_kernel();
+
+    dbf_rounding info = { 0.0f, 0, 0 };
+    int parity = 0;
+    for (int tile = blockIdx.x; tile < n_tiles; tile += gridDim.x, parity ^= 1) {
+        float sum0 = 0.0f, sum1 = 0.0f; // rows g and g+8
+        for (int begin = 0; begin < n_steps; begin += args.chunk_steps) {
+            const int end = begin + args.chunk_steps < n_steps ? begin + args.chunk_steps : n_steps;
+            if (chunked || tile == (int) blockIdx.x) {
+                __syncwarp(); // the last chunk has been read
+                info = dbf_round_slice(args, token, planes, begin, end, WARPS, begin + warp, lane);
+                __syncwarp();
+            }
+
+            int acc[8][4] = {};
+            for (int step = begin + warp; step < end; step += WARPS) { // chunk_steps is a multiple of WARPS
+                const uint4 row0 = ahead[0][0], row1 = ahead[0][1];
+                ahead[0][0] = ahead[1][0];
+                ahead[0][1] = ahead[1][1];
+                load_ahead(ahead[1]);
+                dbf_dot_step<MMA>(acc, row0, row1, planes, step - begin, g, t);
+            }
+
+            int s[4] = {};
+            DBF_UNROLL
+            for (int i = 0; i < 4; ++i) {
+                DBF_UNROLL
+                for (int j = 0; j < 8; ++j) {
+                    s[i] += !MMA && j == 7 ? acc[j][i] : acc[j][i] >> j;
+                }
+                if (!MMA) { // over the four lanes of a row
+                    s[i] += __shfl_xor_sync(0xffffffff, s[i], 1);
+                    s[i] += __shfl_xor_sync(0xffffffff, s[i], 2);
+                }
+            }
+            sum0 += info.d*(256.0f*(float) (2*s[0] - info.sum_hi) + (float) (2*s[1] - info.sum_lo));
+            sum1 += info.d*(256.0f*(float) (2*s[2] - info.sum_hi) + (float) (2*s[3] - info.sum_lo));
+        }
+
+        // The two halves of `partial` take turns, so that one barrier a tile is enough: whoever writes a half again has been
+        // at the barrier of the tile between, behind the reads of this one.
+        float * mine = partial + parity*WARPS*DBF_TILE_ROWS;
+        if (t == 0) {
+            mine[warp*DBF_TILE_ROWS + g]     = sum0;
+            mine[warp*DBF_TILE_ROWS + g + 8] = sum1;
+        }
+        __syncthreads();
+        const int row = tile*DBF_TILE_ROWS + (int) threadIdx.x;
+        if (threadIdx.x < DBF_TILE_ROWS && row < args.rows) {
+            float sum = 0.0f; // always in this order
+            for (int w = 0; w < WARPS; ++w) {
+                sum += mine[w*DBF_TILE_ROWS + threadIdx.x];
+            }
+            args.y[(int64_t) token*args.rows + row] = dbf_scale(args.s_out, args.s_out_type, row)*sum;
+        }
+    }
+}
+
+// ---- several tokens
+
+template <bool F16> struct dbf_accumulator       { typedef int   type; };
+template <>         struct dbf_accumulator<true> { typedef float type; };
+
+// Where the fragments of B are, in uint4. Of a group of tokens (8 columns) and a step, what one load of a warp takes lies
+// together: lane = 4*column + t.
+static __device__ __forceinline__ int64_t dbf_fragment_at(int64_t group, int n_steps, int step, int load, int lane) {
+    return ((group*n_steps + step)*(DBF_Q8_TOKENS*DBF_STEP_BYTES/512) + load)*32 + lane;
+}
+
+// Rounds the input of one token, in one block, to planes (columns 2*token and 2*token + 1 of its group of 4) or to fp16 (its
+// column in a group of 8, scaled by a power of two so that no value overflows).
+template <bool F16>
+__global__ void __launch_bounds__(32*DBF_ROUND_WARPS) dbf_round(const dbf_args args) {
+    DBF_SHARED(uint32_t, shared);
+
+    const int lane  = threadIdx.x%32;
+    const int warp  = threadIdx.x/32;
+    const int word  = lane/2;
+    const int half  = lane%2;
     const int token = blockIdx.x;
-    const float * x = a.x + token*a.x_stride;
 
-    constexpr int TOKENS = F16 ? DBF_TOKENS_F16 : DBF_TOKENS_Q8;
-    constexpr int LOADS  = F16 ? 16 : 8;
-    uint32_t * fragments = (uint32_t *) a.fragments + (int64_t) (token/TOKENS)*a.n_steps*LOADS*128;
+    const int n_steps = (args.n_words + DBF_STEP_WORDS - 1)/DBF_STEP_WORDS;
+    uint4 * out = (uint4 *) args.rounded;
 
-    float    v[4][4];
+    dbf_let_next_kernel_start();
+    dbf_wait_for_previous_kernel();
+
     uint32_t largest = 0;
-    for (int step = warp; step < a.n_steps; step += DBF_WARPS) {
-        dbf_load_input<S>(a, x, a.vec, step, lane, v);
+    for (int step = warp; step < n_steps; step += DBF_ROUND_WARPS) {
+        float v[4][4];
+        dbf_load_input(args, token, step*DBF_STEP_WORDS + word, half, v);
         largest = dbf_largest(v, largest);
     }
     largest = dbf_warp_max(largest);
@@ -499,233 +464,203 @@ static __device__ __forceinline__ void dbf_quantize_token(const dbf_args & a, ui
         shared[warp] = largest;
     }
     __syncthreads();
-    for (int i = 0; i < DBF_WARPS; ++i) {
-        largest = largest > shared[i] ? largest : shared[i];
+    for (int w = 0; w < DBF_ROUND_WARPS; ++w) {
+        largest = largest > shared[w] ? largest : shared[w];
     }
 
-    float inverse;
-    dbf_info info = { 0.0f, 0, 0, 0 };
-    info.d = dbf_step_size(largest, F16 ? DBF_F16_MAX : DBF_QMAX, inverse);
-
-    for (int step = warp; step < a.n_steps; step += DBF_WARPS) {
-        dbf_load_input<S>(a, x, a.vec, step, lane, v);
-        DBF_UNROLL
-        for (int i = 0; i < 4; ++i) {
-            if constexpr (F16) {
+    if (F16) {
+        // to below 2^15: the power of two with the exponent of `largest`; sums of fp16 products are floats, and cannot overflow
+        const bool  usable  = largest < DBF_INFINITY && __uint_as_float(largest) >= DBF_TINY;
+        const int   power   = usable ? (int) (largest >> 23) - 127 - 14 : 0;
+        const float inverse = usable ? __uint_as_float((uint32_t) (127 - power) << 23) : 0.0f;
+        const float d       = largest >= DBF_INFINITY ? __uint_as_float(0x7fc00000u) : usable ? __uint_as_float((uint32_t) (127 + power) << 23) : 0.0f;
+        for (int step = warp; step < n_steps; step += DBF_ROUND_WARPS) {
+            float v[4][4];
+            dbf_load_input(args, token, step*DBF_STEP_WORDS + word, half, v);
+            // register e of a word holds the values e and e + 16: b = 0, 2 are e = 4*half + j, and b = 1, 3 are e = 8 + 4*half + j
+            DBF_UNROLL
+            for (int b = 0; b < 2; ++b) {
+                uint32_t r[4];
                 DBF_UNROLL
-                for (int half = 0; half < 2; ++half) { // registers j and j + 8
-                    const bool zero = inverse == 0.0f; // v may be NaN
-                    const uint32_t lower = __half_as_ushort(__float2half_rn(zero ? 0.0f : v[i][half]*inverse));
-                    const uint32_t upper = __half_as_ushort(__float2half_rn(zero ? 0.0f : v[i][half + 2]*inverse));
-                    const int load = 4*i + 2*half + j/4;
-                    fragments[((step*LOADS + load)*32 + token%TOKENS*4 + t)*4 + j%4] = upper << 16 | lower;
+                for (int j = 0; j < 4; ++j) {
+                    const __half2 pair = __floats2half2_rn(usable ? v[b][j]*inverse : 0.0f, usable ? v[b + 2][j]*inverse : 0.0f);
+                    r[j] = *(const uint32_t *) &pair;
                 }
-            } else {
-                uint32_t hi, lo;
-                dbf_quantize_q8(v[i], inverse, hi, lo);
-                info.sum_hi = dbf_dp4a(hi, DBF_ONES, info.sum_hi);
-                info.sum_lo = dbf_dp4a(lo, DBF_ONES, info.sum_lo);
-                uint32_t * to = fragments + ((step*LOADS + 2*i + j/4)*32 + token%TOKENS*8 + t)*4 + j%4;
-                to[0]   = hi;
-                to[4*4] = lo;
+                const int64_t group = token/DBF_F16_TOKENS;
+                const int     at    = (token%DBF_F16_TOKENS)*4 + word/4;
+                out[((group*n_steps + step)*16 + (word%4)*4 + 2*b + half)*32 + at] = make_uint4(r[0], r[1], r[2], r[3]);
             }
         }
-    }
-
-    info.sum_hi = dbf_warp_sum(info.sum_hi);
-    info.sum_lo = dbf_warp_sum(info.sum_lo);
-    if (lane == 0) {
-        shared[DBF_WARPS   + warp] = (uint32_t) info.sum_hi;
-        shared[2*DBF_WARPS + warp] = (uint32_t) info.sum_lo;
-    }
-    __syncthreads();
-    if (threadIdx.x == 0) {
-        for (int i = 1; i < DBF_WARPS; ++i) {
-            info.sum_hi += (int) shared[DBF_WARPS   + i];
-            info.sum_lo += (int) shared[2*DBF_WARPS + i];
+        if (threadIdx.x == 0) {
+            args.info[token] = { d, 0, 0 };
         }
-        a.info[token] = info;
-    }
-}
-
-// One block for each token
-template <bool F16>
-__global__ void __launch_bounds__(32*DBF_WARPS) dbf_quantize(const dbf_args a) {
-#ifdef DBF_MMA_AVAILABLE
-    DBF_SHARED(uint32_t, shared);
-
-    dbf_wait_for_previous_kernel();
-    dbf_let_next_kernel_start();
-    if (a.s_in_type == DBF_SCALE_F16) {
-        dbf_quantize_token<F16, DBF_SCALE_F16>(a, shared);
-    } else if (a.s_in_type == DBF_SCALE_F32) {
-        dbf_quantize_token<F16, DBF_SCALE_F32>(a, shared);
     } else {
-        dbf_quantize_token<F16, DBF_SCALE_NONE>(a, shared);
+        float inverse;
+        dbf_rounding info = { dbf_step_size(largest, inverse), 0, 0 };
+        for (int step = warp; step < n_steps; step += DBF_ROUND_WARPS) {
+            float v[4][4];
+            dbf_load_input(args, token, step*DBF_STEP_WORDS + word, half, v);
+            uint4 hi, lo;
+            dbf_round_q8(v, inverse, hi, lo, info.sum_hi, info.sum_lo);
+            const int at = 2*(token%DBF_Q8_TOKENS)*4 + word/4;
+            out[dbf_fragment_at(token/DBF_Q8_TOKENS, n_steps, step, (word%4)*2 + half, at)]     = hi;
+            out[dbf_fragment_at(token/DBF_Q8_TOKENS, n_steps, step, (word%4)*2 + half, at + 4)] = lo;
+        }
+        info.sum_hi = dbf_warp_sum(info.sum_hi);
+        info.sum_lo = dbf_warp_sum(info.sum_lo);
+        int32_t * sums = (int32_t *) shared + DBF_ROUND_WARPS;
+        if (lane == 0) {
+            sums[2*warp]     = info.sum_hi;
+            sums[2*warp + 1] = info.sum_lo;
+        }
+        __syncthreads();
+        if (threadIdx.x == 0) {
+            for (int w = 1; w < DBF_ROUND_WARPS; ++w) {
+                info.sum_hi += sums[2*w];
+                info.sum_lo += sums[2*w + 1];
+            }
+            args.info[token] = info;
+        }
     }
-#endif
 }
 
-template <bool F16> struct dbf_number       { typedef int   type; };
-template <>         struct dbf_number<true> { typedef float type; };
+// Several tokens: a block of 4 warps computes 128 rows x 8*TILES columns. Each warp has 32 rows, for which it turns signs into
+// bytes (or fp16) once and uses them for all columns; the block shares the inputs of a step in shared memory. The signs are
+// shifted here and not masked in place: the shifts are shared by all columns, eight sets of accumulators would not be.
+template <int TILES, int VECTOR, bool F16>
+__global__ void __launch_bounds__(32*DBF_GEMM_WARPS, DBF_GEMM_BLOCKS) dbf_gemm(const dbf_args args) {
+    constexpr int TOKENS = F16 ? DBF_F16_TOKENS : DBF_Q8_TOKENS; // in a tile of columns
+    constexpr int LOADS  = TOKENS*DBF_STEP_BYTES/512;            // of a warp, for a step and such a tile
 
-// A block computes 4*16*ROW_SETS rows by 8*COLUMNS columns. A warp has rows of its own and all columns: it turns signs to
-// bytes (or fp16) once for all of them. The input goes through shared memory, in two buffers that take turns: while the warps
-// compute with one, the threads have the loads for the other on their way.
-//
-//                    +--- 8*COLUMNS ---+
-//                    |     input       |   a stage: 4 loads of 16 bytes for each lane and group of columns;
-//                    +-----------------+   two words of each lane in int8, one in fp16
-//     +---------+    +-----------------+
-//     |  signs  |    |     warp 0      |   16*ROW_SETS rows
-//     |         |    |     warp 1      |
-//     |         |    |      ...        |
-//     +---------+    +-----------------+
-//
-// Here the bits are shifted down to 0 and 1 and not left at 2^j: the shifts serve all columns, and one accumulator for each
-// of four j would be too many registers.
-template <int VEC, int ROW_SETS, int COLUMNS, bool F16>
-__global__ void __launch_bounds__(32*DBF_TILE_WARPS, 2) dbf_tile(const dbf_args a) {
-#ifdef DBF_MMA_AVAILABLE
-    constexpr int STAGES = F16 ? 4 : 2;  // of a step
-    constexpr int STAGE  = 4*32;         // uint4 of a stage and a group
-    typedef typename dbf_number<F16>::type number;
+    DBF_SHARED(uint4, input); // [TILES][LOADS][32]
 
-    DBF_SHARED(uint4, shared); // [2][COLUMNS][4][lane]
+    const int lane  = threadIdx.x%32;
+    const int warp  = threadIdx.x/32;
+    const int g     = lane/4;
+    const int t     = lane%4;
+    const int row0  = blockIdx.x*DBF_GEMM_ROWS + warp*2*DBF_TILE_ROWS + g;
+    const int group = blockIdx.y*TILES;
 
-    const int lane = threadIdx.x%32;
-    const int warp = threadIdx.x/32;
-    const int g    = lane/4;
-    const int t    = lane%4;
-    const int row0 = (blockIdx.x*DBF_TILE_WARPS + warp)*ROW_SETS*DBF_ROWS + g;
+    const int n_steps  = (args.n_words + DBF_STEP_WORDS - 1)/DBF_STEP_WORDS;
+    const int n_groups = (args.n_tokens + TOKENS - 1)/TOKENS;
 
-    const int     n_stages     = a.n_steps*STAGES;
-    const int64_t group_stride = (int64_t) n_stages*STAGE;
-    const uint4 * fragments    = (const uint4 *) a.fragments + (int64_t) blockIdx.y*COLUMNS*group_stride + threadIdx.x;
+    typedef typename dbf_accumulator<F16>::type number;
+    number acc[2][TILES][4] = {};
 
-    const uint32_t * rows[ROW_SETS][2];
-    uint32_t next[ROW_SETS][2][4]; // signs of the next step
+    uint4 next[4]; // the rows row0, + 8, + 16, + 24
     DBF_UNROLL
-    for (int r = 0; r < ROW_SETS; ++r) {
-        DBF_UNROLL
-        for (int i = 0; i < 2; ++i) {
-            rows[r][i] = dbf_row(a, row0 + 16*r + 8*i);
-            dbf_load_signs<VEC, false>(next[r][i], rows[r][i], 0, t, a.n_words);
-        }
+    for (int r = 0; r < 4; ++r) {
+        next[r] = dbf_load_signs<VECTOR>(args, row0 + 8*r, 0, t);
     }
-
-    dbf_wait_for_previous_kernel();
     dbf_let_next_kernel_start();
-
-    uint4 next_input[COLUMNS];
-    DBF_UNROLL
-    for (int c = 0; c < COLUMNS; ++c) {
-        shared[c*STAGE + threadIdx.x] = fragments[c*group_stride];
-    }
-    __syncthreads();
-
-    number acc[ROW_SETS][COLUMNS][4] = {};
-    for (int step = 0; step < a.n_steps; ++step) {
-        uint32_t w[ROW_SETS][2][4];
-        DBF_UNROLL
-        for (int r = 0; r < ROW_SETS; ++r) {
-            DBF_UNROLL
-            for (int i = 0; i < 2; ++i) {
-                DBF_UNROLL
-                for (int k = 0; k < 4; ++k) {
-                    w[r][i][k] = next[r][i][k];
-                }
-                if (step + 1 < a.n_steps) {
-                    dbf_load_signs<VEC, false>(next[r][i], rows[r][i], (step + 1)*DBF_STEP, t, a.n_words);
-                }
-            }
+    dbf_wait_for_previous_kernel();
+    for (int step = 0; step < n_steps; ++step) {
+        __syncthreads(); // the last step's input has been read
+        for (int i = threadIdx.x; i < TILES*LOADS*32; i += 32*DBF_GEMM_WARPS) {
+            const int tile = i/(LOADS*32);
+            input[i] = group + tile < n_groups ? ((const uint4 *) args.rounded)[((int64_t) (group + tile)*n_steps + step)*LOADS*32 + i%(LOADS*32)]
+                                               : make_uint4(0, 0, 0, 0);
         }
-
+        uint4 row[4];
         DBF_UNROLL
-        for (int stage = 0; stage < STAGES; ++stage) {
-            const int  next_stage = step*STAGES + stage + 1;
-            const bool more       = next_stage < n_stages;
-            DBF_UNROLL
-            for (int c = 0; c < COLUMNS; ++c) {
-                next_input[c] = more ? fragments[c*group_stride + (int64_t) next_stage*STAGE] : make_uint4(0, 0, 0, 0);
-            }
+        for (int r = 0; r < 4; ++r) {
+            row[r]  = next[r];
+            next[r] = dbf_load_signs<VECTOR>(args, row0 + 8*r, step + 1, t);
+        }
+        __syncthreads();
 
-            const uint4 * input = shared + stage%2*COLUMNS*STAGE + lane;
+        if constexpr (F16) {
             DBF_UNROLL
-            for (int part = 0; part < 2; ++part) {
-                uint32_t bits[4][ROW_SETS][4]; // [instruction][rows][register]
+            for (int word = 0; word < 4; ++word) {
                 DBF_UNROLL
-                for (int r = 0; r < ROW_SETS; ++r) {
+                for (int quarter = 0; quarter < 4; ++quarter) {
+                    uint32_t a[2][2][4]; // [tile of rows][pair of registers][fragment]
                     DBF_UNROLL
-                    for (int i = 0; i < 2; ++i) {
+                    for (int r = 0; r < 4; ++r) {
                         DBF_UNROLL
-                        for (int j = 0; j < 4; ++j) {
-                            if constexpr (F16) {
-                                // bits m and m + 16 become the signs of 1.0 in both halves, 1 = +1; m = 4*part + j, then + 8
-                                const uint32_t word = w[r][i][stage];
-                                bits[j][r][i]     = (word << (15 - 4*part - j) & 0x80008000u) ^ 0xbc00bc00u;
-                                bits[j][r][i + 2] = (word << ( 7 - 4*part - j) & 0x80008000u) ^ 0xbc00bc00u;
-                            } else {
-                                const uint32_t word = w[r][i][2*stage + part];
-                                bits[j][r][i]     = word >> j       & DBF_ONES;
-                                bits[j][r][i + 2] = word >> (j + 4) & DBF_ONES;
-                            }
+                        for (int i = 0; i < 4; ++i) {
+                            // bits e and e + 16 become the signs of 1.0 in both halves: bit 1 -> +1
+                            const uint32_t bits = dbf_get(row[r], word) << (15 - (4*quarter + i));
+                            a[r/2][i/2][2*(i%2) + r%2] = (bits & 0x80008000u) ^ 0xbc00bc00u;
                         }
                     }
-                }
-                DBF_UNROLL
-                for (int c = 0; c < COLUMNS; ++c) {
-                    const uint4 b0 = input[c*STAGE + (F16 ? part     : 2*part    )*32];
-                    const uint4 b1 = input[c*STAGE + (F16 ? part + 2 : 2*part + 1)*32];
                     DBF_UNROLL
-                    for (int j = 0; j < 4; ++j) {
-                        const uint32_t b[2] = { dbf_get(b0, j), dbf_get(b1, j) };
+                    for (int tile = 0; tile < TILES; ++tile) {
+                        const uint4 b = input[(tile*LOADS + 4*word + quarter)*32 + lane];
                         DBF_UNROLL
-                        for (int r = 0; r < ROW_SETS; ++r) {
-                            dbf_mma(acc[r][c], bits[j][r], b);
+                        for (int i = 0; i < 2; ++i) {
+                            const uint32_t pair[2] = { dbf_get(b, 2*i), dbf_get(b, 2*i + 1) };
+                            dbf_mma_f16(acc[0][tile], a[0][i], pair);
+                            dbf_mma_f16(acc[1][tile], a[1][i], pair);
                         }
                     }
                 }
             }
-
-            if (more) { // the other buffer was last read in the stage before, which the barrier at its end has closed
+        } else {
+            DBF_UNROLL
+            for (int pair = 0; pair < 2; ++pair) {
                 DBF_UNROLL
-                for (int c = 0; c < COLUMNS; ++c) {
-                    shared[((stage + 1)%2*COLUMNS + c)*STAGE + threadIdx.x] = next_input[c];
+                for (int half = 0; half < 2; ++half) {
+                    uint32_t a[2][4][4]; // [tile of rows][register][fragment]
+                    DBF_UNROLL
+                    for (int r = 0; r < 4; ++r) {
+                        DBF_UNROLL
+                        for (int i = 0; i < 4; ++i) {
+                            a[r/2][i][r%2]     = (dbf_get(row[r], 2*pair)     >> (4*half + i)) & 0x01010101u;
+                            a[r/2][i][r%2 + 2] = (dbf_get(row[r], 2*pair + 1) >> (4*half + i)) & 0x01010101u;
+                        }
+                    }
+                    DBF_UNROLL
+                    for (int tile = 0; tile < TILES; ++tile) {
+                        const uint4 b0 = input[(tile*LOADS + (2*pair)*2     + half)*32 + lane];
+                        const uint4 b1 = input[(tile*LOADS + (2*pair + 1)*2 + half)*32 + lane];
+                        DBF_UNROLL
+                        for (int i = 0; i < 4; ++i) {
+                            const uint32_t b[2] = { dbf_get(b0, i), dbf_get(b1, i) };
+                            dbf_mma_q8(acc[0][tile], a[0][i], b);
+                            dbf_mma_q8(acc[1][tile], a[1][i], b);
+                        }
+                    }
                 }
             }
-            __syncthreads();
         }
     }
 
     DBF_UNROLL
-    for (int c = 0; c < COLUMNS; ++c) {
-        const int group = blockIdx.y*COLUMNS + c;
+    for (int r = 0; r < 4; ++r) {
+        const int row = row0 + 8*r;
+        if (row >= args.rows) {
+            continue;
+        }
+        const float scale = dbf_scale(args.s_out, args.s_out_type, row);
         DBF_UNROLL
-        for (int k = 0; k < (F16 ? 2 : 1); ++k) {
-            // fp16: columns 2t and 2t + 1 are two tokens. int8: they are the planes of token t.
-            const int token = F16 ? group*DBF_TOKENS_F16 + 2*t + k : group*DBF_TOKENS_Q8 + t;
-            if (token >= a.n_tokens) {
-                continue;
-            }
-            const dbf_info info = a.info[token];
-            DBF_UNROLL
-            for (int r = 0; r < ROW_SETS; ++r) {
+        for (int tile = 0; tile < TILES; ++tile) {
+            const number c0 = acc[r/2][tile][2*(r%2)];
+            const number c1 = acc[r/2][tile][2*(r%2) + 1];
+            const int first = (group + tile)*TOKENS;
+            if constexpr (F16) { // columns 2t and 2t + 1 are tokens
                 DBF_UNROLL
                 for (int i = 0; i < 2; ++i) {
-                    const int row = row0 + 16*r + 8*i;
-                    if (row < a.n_rows) {
-                        float sum;
-                        if constexpr (F16) {
-                            sum = acc[r][c][2*i + k];
-                        } else {
-                            sum = 256.0f*(float) (2*acc[r][c][2*i] - info.sum_hi) + (float) (2*acc[r][c][2*i + 1] - info.sum_lo);
-                        }
-                        a.y[(int64_t) token*a.n_rows + row] = dbf_scale(a.s_out, a.s_out_type, row)*(info.d*sum);
+                    const int token = first + 2*t + i;
+                    if (token < args.n_tokens) {
+                        args.y[(int64_t) token*args.rows + row] = scale*(args.info[token].d*(i == 0 ? c0 : c1));
                     }
+                }
+            } else { // and here the planes of token t
+                const int token = first + t;
+                if (token < args.n_tokens) {
+                    const dbf_rounding info = args.info[token];
+                    args.y[(int64_t) token*args.rows + row] =
+                        scale*(info.d*(256.0f*(float) (2*c0 - info.sum_hi) + (float) (2*c1 - info.sum_lo)));
                 }
             }
         }
     }
-#endif
 }
+
+// For those who take the kernels by name out of an object file: all instances, as template instantiations
+#define DBF_NO_PARENTHESES(...) __VA_ARGS__
+#define DBF_INSTANTIATE_KERNEL(...) template __global__ void __VA_ARGS__(const dbf_args);
+#define DBF_INSTANTIATE_LISTED(name, kernel) DBF_INSTANTIATE_EXPANDED(DBF_NO_PARENTHESES kernel)
+#define DBF_INSTANTIATE_EXPANDED(...) DBF_INSTANTIATE_KERNEL(__VA_ARGS__)
+#define DBF_INSTANTIATE_KERNELS DBF_KERNELS(DBF_INSTANTIATE_LISTED)
