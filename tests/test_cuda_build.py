@@ -14,8 +14,10 @@ No GPU takes part. What follows from these tests and what does not:
 
 import re
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
+import gpu_model
 import link
 import pytest
 import sass
@@ -25,6 +27,9 @@ from click.testing import CliRunner
 from dbf_gguf import llama_cpp, machine
 from dbf_gguf.cli import cli
 from dbf_gguf.errors import DBFError
+from dbf_gguf.paths import data_dir
+
+INSTRUCTIONS = 24  # a thread's for 32 signs, in the decode kernels
 
 # --- the toolkit
 
@@ -220,6 +225,148 @@ def test_link_check_sees_what_is_missing(cuda_toolkit_with_cublas, tmp_path):
     assert "undefined symbol" in link.loads(tmp_path / "bad.so")
 
 
+# --- the machine code
+
+
+@pytest.fixture(scope="session")
+def kernels(backend, cuda_toolkit, tmp_path_factory):
+    """All kernels of dbf.cu, for all architectures."""
+    file, _ = backend.compile("dbf.cu")
+    folder = tmp_path_factory.mktemp("cubins")
+    return [k for cubin in sass.cubins(cuda_toolkit, file, folder) for k in sass.kernels(cuda_toolkit, cubin)]
+
+
+def listed() -> set[str]:
+    """Names of the kernels that dbf-launch.h lists, as the demangler writes them."""
+    text = (data_dir("cuda_patches") / "src/ggml/src/ggml-cuda/dbf-launch.h").read_text()
+    names = re.findall(r"^ *X\(\w+, *\((.*)\)\)", text, re.MULTILINE)
+    return {re.sub(r"\s*,\s*", ", ", name).replace("< ", "<") for name in names}
+
+
+def faults(kernel: sass.Kernel) -> list[str]:
+    """What is wrong with the machine code of a kernel of dbf.cu."""
+    found = []
+    if kernel.spills or kernel.stack:
+        found.append(f"{kernel.spills} spills, {kernel.stack} bytes of stack")
+    if kernel.shared:
+        found.append(f"{kernel.shared} bytes of static shared memory, which the launch plan does not know of")
+    name, *arguments = re.findall(r"\w+", kernel.name)
+    if name == "dbf_decode":
+        warps, words, tensor = int(arguments[0]), int(arguments[1]), arguments[2] == "true"
+        blocks = 2 if warps == 8 else 1  # DBF_DECODE_BLOCKS
+        if sass.resident(kernel.arch, kernel.registers, 32 * warps, 0) < blocks:
+            found.append(f"{kernel.registers} registers: no room for {blocks} blocks of {warps} warps")
+        if words == 4:
+            wide = sum(bool(re.match(sass.STREAM, i.name)) for i in kernel.main_loop.instructions)
+            if wide * 32 * 16 * 8 * sass.repeats(kernel.name) < kernel.main_loop.signs:
+                found.append(f"{wide} loads of 16 bytes for {kernel.main_loop.signs} signs")
+            step = gpu_model.KERNEL.rows * gpu_model.KERNEL.step // 8
+            if kernel.ahead < gpu_model.KERNEL.ahead * step:
+                found.append(f"{kernel.ahead} bytes of signs under way")
+            instructions = sum(kernel.per_32_signs(sass.repeats(kernel.name)).values())
+            if tensor and instructions > INSTRUCTIONS:
+                found.append(f"{instructions:.1f} instructions for 32 signs")
+    return [f"sm_{kernel.arch} {kernel.name}: {fault}" for fault in found]
+
+
+def test_machine_code_of_every_kernel(kernels):
+    """Nothing but what ships, all of that, for all architectures; and none of it has a fault."""
+    assert sorted((k.arch, k.name) for k in kernels) == sorted((a, n) for a in sass.ARCHITECTURES for n in listed())
+    assert [fault for kernel in kernels for fault in faults(kernel)] == []
+
+
+def test_model_assumes_the_measured_instructions(kernels):
+    """docs/gpu-model.md calculates with at least as many as the cards' machine code has."""
+    architectures = {86: "3090", 89: "4090", 120: "5090", 80: "A100", 90: "H100"}
+    for kernel in kernels:
+        if kernel.arch in architectures and re.fullmatch(r"dbf_decode<\d+, 4, true>", kernel.name):
+            count = sum(kernel.per_32_signs(1).values())
+            assert count <= gpu_model.KERNEL.instructions + 0.05, (architectures[kernel.arch], kernel.name, count)
+
+
+def test_blocks_fit_as_the_model_assumes(kernels):
+    """For the shapes of the tables: registers and shared memory leave room for its blocks on a multiprocessor."""
+    sizes = {n for n_in, n_out in gpu_model.PAPER_SHAPES for n in (n_in, gpu_model.width(n_in, n_out, 2.3))}
+    for kernel in kernels:
+        for n in sizes:
+            warps = gpu_model.KERNEL.warps(n)
+            if kernel.arch >= 80 and kernel.name == f"dbf_decode<{warps}, 4, true>":
+                shared = -(-n // 512) * 1024 + 2 * warps * 16 * 4  # planes in whole steps, sums of two tiles
+                room = sass.resident(kernel.arch, kernel.registers, 32 * warps, shared)
+                assert room >= gpu_model.KERNEL.blocks(n), (kernel.arch, kernel.name, n)
+
+
+def test_gate_catches_spills(backend, cuda_toolkit, tmp_path):
+    """The same kernels in half the registers, for one architecture."""
+    file, _ = backend.compile("dbf.cu", "-maxrregcount=40", arch=86)
+    (cubin,) = sass.cubins(cuda_toolkit, file, tmp_path)
+    found = [fault for kernel in sass.kernels(cuda_toolkit, cubin) for fault in faults(kernel)]
+    assert any(re.fullmatch(r"sm_86 dbf_decode<8, 4, true>: [1-9]\d* spills, .*", fault) for fault in found)
+
+
+def test_gate_catches_narrow_loads(kernels):
+    """The instances for rows that 16-byte loads do not fit, taken for the others."""
+    for kernel in kernels:
+        if kernel.name == "dbf_decode<8, 1, true>":
+            assert any("0 loads of 16 bytes" in f for f in faults(replace(kernel, name="dbf_decode<8, 4, true>")))
+
+
+def test_gate_catches_instructions_and_registers(kernels):
+    kernel = next(k for k in kernels if k.name == "dbf_decode<8, 4, true>" and k.arch == 89)
+    loop = kernel.main_loop
+    longer = [*loop.instructions, *[i for i in loop.instructions if not sass.multiplier(i.name)]]
+    assert any("instructions for 32 signs" in f for f in faults(replace(kernel, loops=[sass.Loop(longer)])))
+    assert faults(replace(kernel, registers=128)) == []
+    assert any("no room for 2 blocks" in fault for fault in faults(replace(kernel, registers=129)))
+    assert any("static shared memory" in fault for fault in faults(replace(kernel, shared=4)))
+
+
+def test_main_loop_is_found_and_counted(cuda_toolkit, tmp_path):
+    """A kernel whose loop is known: 4 dot products, an if and an else, a loop without any; and a smaller loop behind."""
+    (tmp_path / "a.cu").write_text("""
+        __global__ void f(const uint4 * w, int * out, int n, int flag) {
+            int acc = 0;
+            for (int i = 0; i < n; ++i) {
+                const uint4 v = __ldcs(w + i);
+                acc = __dp4a((int) v.x, 1, acc); acc = __dp4a((int) v.y, 2, acc);
+                acc = __dp4a((int) v.z, 3, acc); acc = __dp4a((int) v.w, 4, acc);
+                if (acc == flag) {
+                    asm volatile("membar.gl; membar.gl;");
+                } else {
+                    asm volatile("membar.gl; membar.gl; membar.gl;");
+                }
+                for (int k = 0; k < acc; ++k) {
+                    asm volatile("bar.sync 0;");
+                }
+                __syncthreads();
+            }
+            for (int i = 0; i < n; i += 2) {
+                acc = __dp4a(out[i], 5, acc);
+                asm volatile("membar.gl;");
+            }
+            out[0] = acc;
+        }
+    """.replace("for (int i", "_Pragma(\"unroll 1\") for (int i"))
+    for arch in (75, 90, 120):  # they differ most in how they write loops
+        nvcc = [cuda_toolkit / "bin/nvcc", f"-arch=sm_{arch}", "-cubin", "-o", f"{arch}.cubin", "a.cu"]
+        subprocess.run(nvcc, cwd=tmp_path, check=True)
+        (kernel,) = sass.kernels(cuda_toolkit, tmp_path / f"{arch}.cubin")
+        names = [i.name.split(".")[0] for i in kernel.main_loop.instructions]
+        assert (len(kernel.loops), kernel.main_loop.signs) == (2, 4 * 128)
+        assert (names.count("IDP"), names.count("MEMBAR")) == (4, 3)
+        assert kernel.per_32_signs(1)["FMA"] >= 8 and kernel.wide_loads == 1 and kernel.ahead == 0
+        assert sum(kernel.per_32_signs(2).values()) == len(names) * 32 * 32 * 2 / 512
+
+
+def test_resident_blocks():
+    """By the rules of NVIDIA's occupancy calculator."""
+    assert sass.resident(89, 128, 256, 0) == 2 and sass.resident(89, 129, 256, 0) == 1
+    assert sass.resident(80, 64, 256, 0) == 4 and sass.resident(80, 32, 256, 0) == 8
+    assert sass.resident(86, 32, 256, 0) == 6
+    assert sass.resident(86, 32, 32, 49 << 10) == 2 and sass.resident(86, 32, 32, (49 << 10) + 1) == 1
+    assert sass.resident(75, 32, 32, 32 << 10) == 2
+
+
 # --- HIP and MUSA
 
 HEADERS = {
@@ -237,8 +384,9 @@ def test_amd_and_moore_threads_get_no_kernels(macro, patched_tree, tmp_path):
         (tmp_path / name).touch()
     ggml = patched_tree / "ggml"
     include = [f"-I{path}" for path in (tmp_path, ggml / "include", ggml / "src")]
-    command = ["c++", "-std=c++17", f"-D{macro}", "-D__HIP_PLATFORM_AMD__", "-xc++", *include, ggml / "src/ggml-cuda/dbf.cu"]
-    text = subprocess.run([*command, "-E"], capture_output=True, text=True, check=True).stdout
+    defines = [f"-D{macro}", "-D__HIP_PLATFORM_AMD__"]
+    command = ["c++", "-std=c++17", *defines, *include, "-E", "-xc++", ggml / "src/ggml-cuda/dbf.cu"]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     ours, file = [], ""
     for line in text.splitlines():
         if match := re.match(r'# \d+ "(.*)"', line):

@@ -10,8 +10,8 @@ that it cannot be does: spills and instructions are time that no card gives back
 How the instructions are counted
 - `kernels` splits the disassembly into basic blocks and finds the natural loops: a branch back to a block through which
   every way into the loop leads.
-- The main loop is the innermost one with most multiply-accumulate instructions of the kernel. Its length is that of its
-  longest way from head to branch: of an if and an else the longer one counts, as it does for a warp.
+- The main loop is the one with most multiply-accumulate instructions, of those that have none such inside. Its length
+  is that of the longest way from head to branch: of an if and an else the longer one counts.
 - How many signs one trip handles is read from those instructions, never from the source, so that unrolling needs no
   attention: an IMMA.16832 multiplies 16 rows of 32 signs, an IMMA.8816 8 rows of 16, a thread's IDP.4A 4 signs. Divided
   by `repeats`, the times that a kernel uses the same signs: once for each column tile, or for each int8 plane with IDP.
@@ -19,11 +19,18 @@ How the instructions are counted
   instructions and S signs costs 32 N / (S / 32).
 """
 
+import argparse
 import re
 import subprocess
+import sys
+import tempfile
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
+
+import toolchain
+
+from dbf_gguf.errors import DBFError
 
 ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)
 
@@ -36,6 +43,21 @@ SIGNS = {
     "HMMA.1688": 16 * 8,
     "IDP.4A": 32 * 4,
 }
+
+STREAM = r"LDG\.E\.EF\.128"  # EF: evict first, which is what __ldcs becomes
+
+# What a multiprocessor has: warps, KiB of shared memory. Registers are 64 K on all, in four parts.
+LIMITS = {
+    75: (32, 64),
+    80: (64, 164),
+    86: (48, 100),
+    89: (48, 100),
+    90: (64, 228),
+    100: (64, 228),
+    120: (48, 100),
+}
+
+_RESERVED = 1024  # bytes of shared memory for each block that the driver takes, from sm_80 on
 
 # The pipe that executes an instruction, by the start of its name; ALU is what is left. FMA also has the int8 dot
 # product (IDP) and integer multiplication, which is how the compiler likes to move registers.
@@ -65,7 +87,7 @@ class Instruction:
     @property
     def target(self) -> str | None:
         match = re.search(r"`\((\.L_\w+)\)", self.operands)
-        return match[1] if match and self.name.startswith("BRA") else None
+        return match[1] if match and re.match(r"BRA|CALL\.REL", self.name) else None
 
     @property
     def falls_through(self) -> bool:
@@ -78,7 +100,7 @@ class Instruction:
 
 @dataclass
 class Loop:
-    """A loop without loops: its longest way from head to branch."""
+    """Its longest way from head to branch. A loop inside, that copies something, is gone through once."""
 
     instructions: list[Instruction]
 
@@ -118,15 +140,32 @@ class Kernel:
         return self.count(r"^LDG\b.*\.128\b")
 
     @property
+    def ahead(self) -> int:
+        """Bytes of signs that a warp has asked for when its main loop begins, by 16-byte loads that bypass the caches.
+
+        Every trip asks for as many as it uses, so that these stay under way.
+        """
+        loop = self.main_loop
+        inside = sum(bool(re.match(STREAM, i.name)) for i in loop.instructions) if loop else 0
+        return (self.count(STREAM) - inside) * 32 * 16
+
+    @property
     def main_loop(self) -> Loop | None:
-        loops = [loop for loop in self.loops if loop.signs]
-        return max(loops, key=lambda loop: loop.signs, default=None)
+        return max(self.loops, key=lambda loop: loop.signs, default=None)
 
     def per_32_signs(self, repeats: int) -> dict[str, float]:
         """A thread's instructions for 32 signs by pipe, in the main loop."""
         loop = self.main_loop
         assert loop, f"sm_{self.arch} {self.name}: no loop multiplies signs"
         return {pipe: n * 32 * 32 * repeats / loop.signs for pipe, n in loop.pipes.items()}
+
+
+def repeats(kernel: str) -> int:
+    """How often a kernel of dbf.cu multiplies with the same signs; 0 if it has nothing to do with signs."""
+    name, *arguments = re.findall(r"\w+", kernel)
+    if name == "dbf_decode":  # <warps, words in a load, tensor cores?>, which take both planes at once
+        return 1 if arguments[2] == "true" else 2
+    return int(arguments[0]) if name == "dbf_gemm" else 0  # <tiles of columns, ...>
 
 
 def multiplier(name: str) -> str | None:
@@ -157,7 +196,7 @@ def _blocks(lines: list[str]) -> list[tuple[set[str], list[Instruction]]]:
 
 
 def _loops(blocks: list[tuple[set[str], list[Instruction]]]) -> list[Loop]:
-    """The innermost natural loops."""
+    """The natural loops that multiply signs and have no loop inside that does."""
     where = {label: i for i, (labels, _) in enumerate(blocks) for label in labels}
     after: list[set[int]] = []
     for i, (_, instructions) in enumerate(blocks):
@@ -192,27 +231,42 @@ def _loops(blocks: list[tuple[set[str], list[Instruction]]]) -> list[Loop]:
                 if block not in body:
                     body.add(block)
                     todo += before[block] & reachable
-    innermost = [
-        (head, body) for head, body in bodies.items() if not any(other in body for other in bodies if other != head)
-    ]
-    return [Loop(_longest_way(head, body, after, blocks)) for head, body in innermost]
+    forward = [follow - dominators[i] for i, follow in enumerate(after)]
+    found = []
+    for head, body in bodies.items():
+        latches = {i for i in body if head in after[i]}
+        blocks_on_way = _longest_way(head, latches, [follow & body for follow in forward], blocks)
+        inside = frozenset(other for other in bodies if other in body and other != head)
+        found.append((head, inside, Loop([i for block in blocks_on_way for i in blocks[block][1]])))
+    multiply = {head for head, _, loop in found if loop.signs}
+    return [loop for head, inside, loop in found if head in multiply and not inside & multiply]
 
 
-def _longest_way(head: int, body: set[int], after, blocks) -> list[Instruction]:
-    """From the head to a branch back to it; an innermost loop has no other ways back."""
-    best: dict[int, list[int] | None] = {}
+def _longest_way(head: int, latches: set[int], forward: list[set[int]], blocks) -> list[int]:
+    """Blocks from the head of a loop to a branch back to it, the way with most instructions. `forward` has no cycle."""
+    best: dict[int, tuple[int, list[int]]] = {}
 
-    def way(i: int) -> list[int] | None:
+    def way(i: int) -> tuple[int, list[int]]:
         if i not in best:
-            best[i] = None  # on the way itself: a cycle that is no natural loop
-            ways = [[i]] if head in after[i] else []
-            ways += [[i, *rest] for j in after[i] if j in body and j != head and (rest := way(j)) is not None]
-            best[i] = max(ways, key=lambda w: sum(len(blocks[b][1]) for b in w), default=None)
+            ways = [(0, [])] if i in latches else []
+            ways += [found for found in map(way, forward[i]) if found[0] >= 0]
+            length, rest = max(ways, default=(-1, []))
+            best[i] = (length + len(blocks[i][1]), [i, *rest]) if length >= 0 else (-1, [])
         return best[i]
 
-    found = way(head)
-    assert found is not None, "a loop that does not close"
-    return [instruction for block in found for instruction in blocks[block][1]]
+    length, blocks_on_way = way(head)
+    assert length >= 0, "a loop that does not close"
+    return blocks_on_way
+
+
+def resident(arch: int, registers: int, threads: int, shared: int) -> int:
+    """Blocks that a multiprocessor holds at a time; `shared` is what a block asks for, static and dynamic, in bytes."""
+    warps, kib = LIMITS[arch]
+    a_warp = -(-registers * 32 // 256) * 256  # registers are handed out in lots of 256
+    by_registers = 4 * (16384 // a_warp) // (threads // 32)
+    reserved = _RESERVED if arch >= 80 else 0
+    by_shared = (kib << 10) // (shared + reserved) if shared + reserved else 32
+    return min(by_registers, by_shared, warps // (threads // 32))
 
 
 def _run(*command) -> str:
@@ -256,8 +310,9 @@ def kernels(root: Path, cubin: Path) -> list[Kernel]:
         instructions = [instruction for _, block in blocks for instruction in block]
         assert instructions, f"sm_{arch} {name}: nvdisasm shows no instructions"
         memory = int(u["STACK"]) + int(u["LOCAL"])
+        driver = _RESERVED if arch >= 90 else 0  # from there on it is counted
         found.append(
-            Kernel(arch, demangle(name), int(u["REG"]), memory, int(u["SHARED"]), instructions, _loops(blocks))
+            Kernel(arch, demangle(name), int(u["REG"]), memory, int(u["SHARED"]) - driver, instructions, _loops(blocks))
         )
     return sorted(found, key=lambda kernel: kernel.name)
 
@@ -268,3 +323,43 @@ def cubins(root: Path, file: Path, folder: Path) -> list[Path]:
     run = subprocess.run([root / "bin/cuobjdump", "--extract-elf", "all", file], cwd=folder, capture_output=True)
     assert run.returncode == 0, run.stderr.decode(errors="replace")
     return sorted(folder.glob("*.cubin"))
+
+
+def table(kernels: list[Kernel]) -> str:
+    """Markdown: what was counted."""
+    cells = [["sm", "kernel", "registers", "spills", "static shared", "16-byte loads", "ahead", *PIPES, "all"]]
+    for k in kernels:
+        row = [str(k.arch), k.name, str(k.registers), str(k.spills), str(k.shared), str(k.wide_loads), str(k.ahead)]
+        if times := repeats(k.name):
+            counts = k.per_32_signs(times)
+            row += [f"{counts.get(pipe, 0):.1f}" for pipe in PIPES] + [f"{sum(counts.values()):.1f}"]
+        else:
+            row += [""] * (len(PIPES) + 1)
+        cells.append(row)
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    rows = [cells[0], ["-" * w for w in widths], *cells[1:]]
+    return "\n".join("| " + " | ".join(map(str.ljust, row, widths)) + " |" for row in rows)
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--arch", default=",".join(map(str, ARCHITECTURES)), help="75,89 for instance")
+    parser.add_argument("--all", action="store_true", help="every kernel, not only those for one token")
+    arguments = parser.parse_args(argv)
+    with tempfile.TemporaryDirectory() as tmp:
+        folder = Path(tmp)
+        try:
+            root = toolchain.toolkit_root(cublas=True)
+            file, _ = toolchain.Backend(root, folder / "build", arguments.arch).compile("dbf.cu")
+        except DBFError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 1
+        found = [kernel for cubin in cubins(root, file, folder / "cubins") for kernel in kernels(root, cubin)]
+    chosen = [kernel for kernel in found if arguments.all or kernel.name.startswith("dbf_decode")]
+    print("A thread's instructions for 32 signs by pipe, in the main loop; `ahead` in bytes for a warp.\n")
+    print(table(sorted(chosen, key=lambda kernel: (kernel.arch, kernel.name))))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
