@@ -322,7 +322,7 @@ def test_gate_catches_instructions_and_registers(kernels):
 
 
 def test_main_loop_is_found_and_counted(cuda_toolkit, tmp_path):
-    """A kernel whose loop is known: 4 dot products, an if and an else, a loop without any; and a smaller loop behind."""
+    """A kernel whose loop is known: 4 dot products, an if and an else, a loop without any. A smaller one follows."""
     (tmp_path / "a.cu").write_text("""
         __global__ void f(const uint4 * w, int * out, int n, int flag) {
             int acc = 0;
