@@ -31,7 +31,7 @@ from pathlib import Path
 
 from . import fetch
 from .errors import DBFError
-from .machine import available_cpus, available_memory, cuda_capabilities
+from .machine import available_cpus, available_memory, cuda_capabilities, cuda_driver
 from .paths import cache_dir, data_dir
 
 if sys.version_info >= (3, 11):
@@ -528,8 +528,11 @@ def _is_complete(folder: Path) -> bool:
 
 
 def bin_dir() -> Path | None:
-    """The folder of the built programs of this patch set, the CUDA build's if there is one; None before `build`."""
-    for cuda in (True, False):
+    """The folder of the built programs of this patch set; None before `build`.
+
+    Of two builds the CUDA one, which runs without a card too, but not without NVIDIA's driver.
+    """
+    for cuda in (True, False) if cuda_driver() else (False, True):
         folder = _build_dir(None, cuda)
         if _is_complete(folder):
             return folder / "bin"

@@ -23,14 +23,21 @@ def available_memory() -> int:
         return physical
 
 
+def cuda_driver() -> ctypes.CDLL | None:
+    """The driver's library. Without it no program that uses CUDA starts, even one that would not compute with it."""
+    try:
+        return ctypes.CDLL(CUDA_DRIVER)
+    except OSError:
+        return None
+
+
 def cuda_capabilities() -> list[int]:
     """Compute capabilities of the NVIDIA cards that the driver shows, 89 for 8.9: sorted, each once, [] without a card.
 
     The driver is asked itself: this works before anything of CUDA is compiled, and where no nvidia-smi is installed.
     """
-    try:
-        driver = ctypes.CDLL(CUDA_DRIVER)
-    except OSError:
+    driver = cuda_driver()
+    if driver is None:
         return []
     count = ctypes.c_int(0)
     if driver.cuInit(0) != 0 or driver.cuDeviceGetCount(ctypes.byref(count)) != 0:

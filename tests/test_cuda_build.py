@@ -95,7 +95,7 @@ def test_command_builds_for_the_cards_of_the_machine(build_command, monkeypatch)
     monkeypatch.setattr(llama_cpp, "cuda_capabilities", lambda: [89, 120])
     result, built = build_command("--cuda")
     assert result.exit_code == 0 and built == [("build-cuda", "89-real;120-real")]
-    assert result.output.splitlines()[-1] == str(llama_cpp.bin_dir())
+    assert result.output.splitlines()[-1].endswith("/build-cuda/bin")
     monkeypatch.setattr(llama_cpp, "cuda_capabilities", lambda: [])
     assert build_command("--cuda")[0].exit_code == 0 and len(built) == 1  # a finished build asks for no card
 
@@ -107,9 +107,19 @@ def test_command_builds_for_named_cards(build_command):
     assert len(built) == 1
     build_command("--cuda", "--cuda-arch", "89")
     assert built[1:] == [("build-cuda", "89-real")]
-    build_command()
-    assert built[2:] == [("build", "")]
-    assert llama_cpp.tool("llama-cli").parent.parent.name == "build-cuda"  # which runs on the CPU as well
+
+
+def test_command_leaves_the_right_build_in_use(build_command, monkeypatch):
+    def in_use(driver):
+        monkeypatch.setattr(llama_cpp, "cuda_driver", lambda: driver)
+        return llama_cpp.tool("llama-cli").parent.parent.name
+
+    build_command("--cuda", "--cuda-arch", "89")
+    assert in_use(None) == "build-cuda"
+    _, built = build_command()
+    assert built == [("build-cuda", "89-real"), ("build", "")]
+    assert in_use(None) == "build"  # programs of the other do not start without the driver
+    assert in_use(object()) == "build-cuda"
 
 
 @pytest.mark.parametrize(
