@@ -440,12 +440,48 @@ def test_a_stage_by_hand():
     assert peak == pytest.approx(4096 * 2048 * 8 * 2 / 660.6e12 * 1e6, rel=0.01)
 
 
+PLANS = """
+#include "dbf-launch.h"
+#include <cstdio>
+int main() {
+    long long n_sm, n_in, k, n_out;
+    while (scanf("%lld %lld %lld %lld", &n_sm, &n_in, &k, &n_out) == 4) {
+        const dbf_shape  shape  = { n_in, k, n_out, 1, n_in, DBF_SCALE_F16, DBF_SCALE_F16, DBF_SCALE_F16 };
+        const dbf_device device = { 890, (int) n_sm, 99*1024, 100*1024 };
+        const dbf_plan plan = dbf_make_plan(shape, device, true, true, DBF_PATH_DEFAULT);
+        printf("%d %d %d %d %d\\n", plan.n_launches, plan.launches[0].block, plan.launches[0].grid.x,
+            plan.launches[1].block, plan.launches[1].grid.x);
+    }
+}
+"""
+
+
+def test_the_model_launches_what_the_kernels_plan(tmp_path):
+    """Warps of a block and blocks on an SM, as dbf-launch.h plans them for one token."""
+    (tmp_path / "plans.cpp").write_text(PLANS)
+    include = ROOT / "cuda_patches" / "src" / "ggml" / "src" / "ggml-cuda"
+    subprocess.run(["c++", "-std=c++17", "-I", include, tmp_path / "plans.cpp", "-o", tmp_path / "plans"], check=True)
+    shapes = [(n_in, gpu_model.width(n_in, n_out, b), n_out) for n_in, n_out in gpu_model.PAPER_SHAPES for b in (1, 2)]
+    cases = [(card.sms, *shape) for card in gpu_model.CARDS.values() for shape in shapes]
+    lines = "\n".join(" ".join(map(str, case)) for case in cases)
+    planned = subprocess.run([tmp_path / "plans"], input=lines, capture_output=True, text=True, check=True).stdout
+    kernel = gpu_model.KERNEL
+
+    def expected(sms: int, n: int, rows: int) -> list[int]:
+        return [32 * kernel.warps(n), min(math.ceil(rows / kernel.rows), kernel.blocks(n) * sms)]
+
+    for (sms, n_in, k, n_out), line in zip(cases, planned.splitlines(), strict=True):
+        found = [int(word) for word in line.split()]
+        assert found == [2, *expected(sms, n_in, k), *expected(sms, k, n_out)], (sms, n_in, k, n_out)
+
+
 def test_bits_and_joining_can_only_help():
     shape = synthetic.SHAPES["llama3-8b"]
     for card in gpu_model.CARDS.values():
         speeds = [gpu_model.tokens_a_second(card, shape, bits) for bits in (None, 2.3, 2.0, 1.5, 1.0)]
         assert speeds == sorted(speeds)
         assert gpu_model.tokens_a_second(card, shape, 1.5, join=True) > speeds[3]
+        assert gpu_model.tokens_a_second(card, shape, 1.5, early=True) > speeds[3]
 
 
 def test_joined_linears():
