@@ -316,7 +316,7 @@ def batch_table(name: str = "llama2-7b", bits: float = 2.0) -> str:
 
 
 def targets() -> str:
-    """Issue 4's targets on a 4090, each with what the model says."""
+    """What the kernels were designed for on a 4090, each with what the model says."""
     card = CARDS["RTX 4090"]
     shape = SHAPES["llama2-7b"]
     rows = [
