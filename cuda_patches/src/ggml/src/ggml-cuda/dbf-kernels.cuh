@@ -12,9 +12,10 @@
 // scale would be half the work, and too coarse: the factors multiply the rounding errors of both products.
 //
 // Signs to bytes. With m_j = 0x01010101 << j, the word & m_j is four bytes, the bits j, j+8, j+16 and j+24, each times 2^j.
-// That is one instruction for four signs, and needs no shift: the sums for each j are kept apart, and the end takes
-// sum_j acc_j >> j, which is exact because acc_j is a multiple of 2^j. The inputs are laid out to match: a word's 32 values
-// are 8 registers, register j holds the bytes of the values j, j+8, j+16, j+24.
+// That is one instruction for four signs, and needs no shift back to 0 and 1: the sums for each j are kept apart, and the end
+// takes sum_j acc_j >> j, which is exact because acc_j is a multiple of 2^j. Odd bits use the masks of the even ones on
+// word >> 1: one shift for a whole word, and half the accumulators. The inputs are laid out to match: a word's 32 values are
+// 8 registers, register j holds the bytes of the values j, j+8, j+16, j+24.
 //
 // Fragments. A warp multiplies 16 rows, a tile, with up to 8 columns; lane = 4*g + t holds the rows g and g+8, and of 16 words,
 // a step, the words 4t..4t+3: one load of 16 bytes for each row. m16n8k32 wants of A, B and C (k is summed over, so any
@@ -24,7 +25,10 @@
 //     row g    a0 of t      a2 of t       b0, b1 of (t, column g)      c0 c1: row g,   columns 2t, 2t+1
 //     row g+8  a1 of t      a3 of t                                    c2 c3: row g+8, columns 2t, 2t+1
 //
-//     a0 = word 2p of row g & m_j, a2 = word 2p+1;   b0, b1 = register j of the words 2p, 2p+1
+//     a0 = word of row g & m_2i, a2 = (word >> 1) & m_2i;   b0, b1 = registers 2i and 2i+1 of the word
+//
+// which takes four instructions for a word, i = 0..3. mma wants b0 and b1 in neighbouring registers, and there a load of 16
+// bytes, the registers 0..3 or 4..7, puts them.
 //
 // Column 2*token is the plane hi of that token and 2*token + 1 the plane lo, so that lane t holds both sums of token t.
 // 4 ANDs and one mma for 512 signs and both planes; sm_75 needs four of its m8n8k16 for it.
@@ -46,6 +50,13 @@
 #define DBF_TINY     1e-30f      // a vector below is zero: 1/d would overflow
 #define DBF_INFINITY 0x7f800000u // |v| as an integer from here on: infinity or NaN
 
+// Code is compiled for every architecture of a build; a kernel is empty where it is never launched.
+#if defined(DBF_ON_CPU) || __CUDA_ARCH__ >= 750
+#define DBF_HAS_MMA true
+#else
+#define DBF_HAS_MMA false
+#endif
+
 // ---- tensor cores
 
 // c += a*b, a u8 [16 x 32], b s8 [32 x 8]
@@ -53,14 +64,14 @@ static __device__ __forceinline__ void dbf_mma_q8(int (&c)[4], const uint32_t (&
 #if defined(DBF_ON_CPU)
     cuhost::mma_u8s8_m16n8k32(c, a, b);
 #elif __CUDA_ARCH__ >= 800
-    asm volatile("mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+    asm("mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
         : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 #elif __CUDA_ARCH__ >= 750
     DBF_UNROLL
     for (int k = 0; k < 2; ++k) {     // halves of k
         DBF_UNROLL
         for (int r = 0; r < 2; ++r) { // halves of the rows
-            asm volatile("mma.sync.aligned.m8n8k16.row.col.s32.u8.s8.s32 {%0, %1}, {%2}, {%3}, {%0, %1};"
+            asm("mma.sync.aligned.m8n8k16.row.col.s32.u8.s8.s32 {%0, %1}, {%2}, {%3}, {%0, %1};"
                 : "+r"(c[2*r]), "+r"(c[2*r + 1]) : "r"(a[2*k + r]), "r"(b[k]));
         }
     }
@@ -72,14 +83,23 @@ static __device__ __forceinline__ void dbf_mma_f16(float (&c)[4], const uint32_t
 #if defined(DBF_ON_CPU)
     cuhost::mma_f16_m16n8k16(c, a, b);
 #elif __CUDA_ARCH__ >= 800
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 #elif __CUDA_ARCH__ >= 750
     DBF_UNROLL
     for (int k = 0; k < 2; ++k) {
-        asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
+        asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
             : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a[2*k]), "r"(a[2*k + 1]), "r"(b[k]));
     }
+#endif
+}
+
+// c += four products of signed bytes
+static __device__ __forceinline__ int dbf_dp4a(uint32_t a, uint32_t b, int c) {
+#if defined(DBF_ON_CPU) || __CUDA_ARCH__ >= 610
+    return __dp4a((int) a, (int) b, c);
+#else
+    return c;
 #endif
 }
 
@@ -217,25 +237,31 @@ static __device__ __forceinline__ float dbf_step_size(uint32_t largest, float & 
     if (amax < DBF_TINY) {
         return 0.0f;
     }
-    inverse = DBF_QMAX/amax;
-    return amax/DBF_QMAX;
+    const float d = amax*(1.0f/DBF_QMAX);
+    inverse = 1.0f/d; // and not DBF_QMAX/amax: fast division makes 0 of it for amax above 2^126
+    return d;
 }
 
 // Four registers of each plane, and what they add to the planes' sums
 static __device__ __forceinline__ void dbf_round_q8(const float (&v)[4][4], float inverse, uint4 & hi, uint4 & lo, int & sum_hi, int & sum_lo) {
+    if (!(inverse > 0.0f)) { // nothing, or something that is not finite
+        hi = lo = make_uint4(0, 0, 0, 0);
+        return;
+    }
     uint32_t h[4], l[4];
     DBF_UNROLL
     for (int j = 0; j < 4; ++j) {
         uint32_t q[4], r[4]; // lo = byte 0 of q, as a signed one; hi = byte 1 of q + 128, to make up for its sign
         DBF_UNROLL
         for (int b = 0; b < 4; ++b) {
-            q[b] = inverse > 0.0f ? (uint32_t) __float2int_rn(v[b][j]*inverse) : 0;
+            // adding 1.5*2^23 leaves the nearest integer in the low bits, at the rate of additions and not of conversions
+            q[b] = __float_as_uint(fmaf(v[b][j], inverse, 12582912.0f));
             r[b] = q[b] + 128;
         }
         l[j] = __byte_perm(__byte_perm(q[0], q[1], 0x0040), __byte_perm(q[2], q[3], 0x0040), 0x5410);
         h[j] = __byte_perm(__byte_perm(r[0], r[1], 0x0051), __byte_perm(r[2], r[3], 0x0051), 0x5410);
-        sum_hi = __dp4a((int) h[j], 0x01010101, sum_hi);
-        sum_lo = __dp4a((int) l[j], 0x01010101, sum_lo);
+        sum_hi = dbf_dp4a(h[j], 0x01010101u, sum_hi);
+        sum_lo = dbf_dp4a(l[j], 0x01010101u, sum_lo);
     }
     hi = make_uint4(h[0], h[1], h[2], h[3]);
     lo = make_uint4(l[0], l[1], l[2], l[3]);
@@ -277,46 +303,32 @@ static __device__ __forceinline__ dbf_rounding dbf_round_slice(const dbf_args & 
     return info;
 }
 
-// acc[j] += the step's products for bit j. Tensor cores: a fragment C, of which lane t = 0 has what counts. dp4a: { hi, lo } of
-// row g and of row g+8, over this lane's words.
+// acc[i] += the step's products for the bits 2i and 2i+1. Tensor cores: a fragment C, of which lane t = 0 has what counts.
+// dp4a: { hi, lo } of row g and of row g+8, over this lane's words.
 template <bool MMA>
-static __device__ __forceinline__ void dbf_dot_step(int (&acc)[8][4], const uint4 & row0, const uint4 & row1, const uint4 * planes, int step, int g, int t) {
+static __device__ __forceinline__ void dbf_dot_step(int (&acc)[4][4], const uint4 & row0, const uint4 & row1, const uint4 * planes, int step, int g, int t) {
     DBF_UNROLL
-    for (int pair = 0; pair < 2; ++pair) {
-        const uint32_t w00 = dbf_get(row0, 2*pair), w01 = dbf_get(row0, 2*pair + 1);
-        const uint32_t w10 = dbf_get(row1, 2*pair), w11 = dbf_get(row1, 2*pair + 1);
+    for (int word = 0; word < 4; ++word) {
+        const uint32_t w0 = dbf_get(row0, word);
+        const uint32_t w1 = dbf_get(row1, word);
         DBF_UNROLL
         for (int half = 0; half < 2; ++half) {
-            if (MMA) {
+            DBF_UNROLL
+            for (int plane = 0; plane < (MMA ? 1 : 2); ++plane) {
                 // The six columns without a token get the same planes again: a column of C depends on that column of B
                 // alone, nobody looks at theirs, and a broadcast is cheaper than zeros.
-                const uint4 b0 = planes[dbf_plane_at(step, 4*t + 2*pair,     half, g%2)];
-                const uint4 b1 = planes[dbf_plane_at(step, 4*t + 2*pair + 1, half, g%2)];
+                const uint4 b = planes[dbf_plane_at(step, 4*t + word, half, MMA ? g%2 : plane)];
                 DBF_UNROLL
-                for (int i = 0; i < 4; ++i) {
-                    const int j = 4*half + i;
-                    const uint32_t m    = 0x01010101u << j;
-                    const uint32_t a[4] = { w00 & m, w10 & m, w01 & m, w11 & m };
-                    const uint32_t b[2] = { dbf_get(b0, i), dbf_get(b1, i) };
-                    dbf_mma_q8(acc[j], a, b);
-                }
-            } else {
-                DBF_UNROLL
-                for (int k = 0; k < 2; ++k) {
-                    const uint32_t w0 = k == 0 ? w00 : w01;
-                    const uint32_t w1 = k == 0 ? w10 : w11;
-                    DBF_UNROLL
-                    for (int plane = 0; plane < 2; ++plane) {
-                        const uint4 b = planes[dbf_plane_at(step, 4*t + 2*pair + k, half, plane)];
-                        DBF_UNROLL
-                        for (int i = 0; i < 4; ++i) {
-                            const int j = 4*half + i;
-                            // dp4a is signed: for 0x80 to be +128 the last bit is shifted down
-                            const uint32_t m0 = j < 7 ? w0 & (0x01010101u << j) : (w0 >> 7) & 0x01010101u;
-                            const uint32_t m1 = j < 7 ? w1 & (0x01010101u << j) : (w1 >> 7) & 0x01010101u;
-                            acc[j][plane]     = __dp4a((int) m0, (int) dbf_get(b, i), acc[j][plane]);
-                            acc[j][2 + plane] = __dp4a((int) m1, (int) dbf_get(b, i), acc[j][2 + plane]);
-                        }
+                for (int i = 0; i < 2; ++i) {
+                    const uint32_t m       = 0x01010101u << (4*half + 2*i);
+                    const uint32_t a[4]    = { w0 & m, w1 & m, (w0 >> 1) & m, (w1 >> 1) & m };
+                    const uint32_t pair[2] = { dbf_get(b, 2*i), dbf_get(b, 2*i + 1) };
+                    int (&sums)[4] = acc[2*half + i];
+                    if (MMA) {
+                        dbf_mma_q8(sums, a, pair);
+                    } else {
+                        sums[plane]     = dbf_dp4a(a[2], pair[1], dbf_dp4a(a[0], pair[0], sums[plane]));
+                        sums[plane + 2] = dbf_dp4a(a[3], pair[1], dbf_dp4a(a[1], pair[0], sums[plane + 2]));
                     }
                 }
             }
@@ -337,6 +349,9 @@ static __device__ __forceinline__ void dbf_dot_step(int (&acc)[8][4], const uint
 // sm_61 to sm_72 (MMA = false) have the same order of work and a row of blocks for each token.
 template <int WARPS, int VECTOR, bool MMA>
 __global__ void __launch_bounds__(32*WARPS, DBF_DECODE_BLOCKS(WARPS)) dbf_decode(const dbf_args args) {
+    if (MMA && !DBF_HAS_MMA) {
+        return;
+    }
     DBF_SHARED(uint4, planes);
     float * partial = (float *) (planes + args.chunk_steps*(DBF_STEP_BYTES/sizeof(uint4)));
 
@@ -380,7 +395,7 @@ __global__ void __launch_bounds__(32*WARPS, DBF_DECODE_BLOCKS(WARPS)) dbf_decode
                 __syncwarp();
             }
 
-            int acc[8][4] = {};
+            int acc[4][4] = {};
             for (int step = begin + warp; step < end; step += WARPS) { // chunk_steps is a multiple of WARPS
                 const uint4 row0 = ahead[0][0], row1 = ahead[0][1];
                 ahead[0][0] = ahead[1][0];
@@ -393,8 +408,8 @@ __global__ void __launch_bounds__(32*WARPS, DBF_DECODE_BLOCKS(WARPS)) dbf_decode
             DBF_UNROLL
             for (int i = 0; i < 4; ++i) {
                 DBF_UNROLL
-                for (int j = 0; j < 8; ++j) {
-                    s[i] += !MMA && j == 7 ? acc[j][i] : acc[j][i] >> j;
+                for (int j = 0; j < 4; ++j) {
+                    s[i] += acc[j][i] >> (2*j);
                 }
                 if (!MMA) { // over the four lanes of a row
                     s[i] += __shfl_xor_sync(0xffffffff, s[i], 1);
@@ -439,6 +454,9 @@ static __device__ __forceinline__ int64_t dbf_fragment_at(int64_t group, int n_s
 // column in a group of 8, scaled by a power of two so that no value overflows).
 template <bool F16>
 __global__ void __launch_bounds__(32*DBF_ROUND_WARPS) dbf_round(const dbf_args args) {
+    if (!DBF_HAS_MMA) {
+        return;
+    }
     DBF_SHARED(uint32_t, shared);
 
     const int lane  = threadIdx.x%32;
@@ -529,6 +547,9 @@ __global__ void __launch_bounds__(32*DBF_ROUND_WARPS) dbf_round(const dbf_args a
 // shifted here and not masked in place: the shifts are shared by all columns, eight sets of accumulators would not be.
 template <int TILES, int VECTOR, bool F16>
 __global__ void __launch_bounds__(32*DBF_GEMM_WARPS, DBF_GEMM_BLOCKS) dbf_gemm(const dbf_args args) {
+    if (!DBF_HAS_MMA) {
+        return;
+    }
     constexpr int TOKENS = F16 ? DBF_F16_TOKENS : DBF_Q8_TOKENS; // in a tile of columns
     constexpr int LOADS  = TOKENS*DBF_STEP_BYTES/512;            // of a warp, for a step and such a tile
 
@@ -598,27 +619,25 @@ __global__ void __launch_bounds__(32*DBF_GEMM_WARPS, DBF_GEMM_BLOCKS) dbf_gemm(c
             }
         } else {
             DBF_UNROLL
-            for (int pair = 0; pair < 2; ++pair) {
+            for (int word = 0; word < 4; ++word) {
                 DBF_UNROLL
                 for (int half = 0; half < 2; ++half) {
-                    uint32_t a[2][4][4]; // [tile of rows][register][fragment]
+                    uint32_t a[2][2][4]; // [tile of rows][pair of registers][fragment]
                     DBF_UNROLL
                     for (int r = 0; r < 4; ++r) {
                         DBF_UNROLL
                         for (int i = 0; i < 4; ++i) {
-                            a[r/2][i][r%2]     = (dbf_get(row[r], 2*pair)     >> (4*half + i)) & 0x01010101u;
-                            a[r/2][i][r%2 + 2] = (dbf_get(row[r], 2*pair + 1) >> (4*half + i)) & 0x01010101u;
+                            a[r/2][i/2][2*(i%2) + r%2] = (dbf_get(row[r], word) >> (4*half + i)) & 0x01010101u;
                         }
                     }
                     DBF_UNROLL
                     for (int tile = 0; tile < TILES; ++tile) {
-                        const uint4 b0 = input[(tile*LOADS + (2*pair)*2     + half)*32 + lane];
-                        const uint4 b1 = input[(tile*LOADS + (2*pair + 1)*2 + half)*32 + lane];
+                        const uint4 b = input[(tile*LOADS + 2*word + half)*32 + lane];
                         DBF_UNROLL
-                        for (int i = 0; i < 4; ++i) {
-                            const uint32_t b[2] = { dbf_get(b0, i), dbf_get(b1, i) };
-                            dbf_mma_q8(acc[0][tile], a[0][i], b);
-                            dbf_mma_q8(acc[1][tile], a[1][i], b);
+                        for (int i = 0; i < 2; ++i) {
+                            const uint32_t pair[2] = { dbf_get(b, 2*i), dbf_get(b, 2*i + 1) };
+                            dbf_mma_q8(acc[0][tile], a[0][i], pair);
+                            dbf_mma_q8(acc[1][tile], a[1][i], pair);
                         }
                     }
                 }
