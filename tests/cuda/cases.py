@@ -14,6 +14,9 @@ from emulator import run
 
 QMAX = 127 * 256 + 127  # two planes of int8
 TINY = 1e-30  # a vector whose largest element is below may count as zero
+PATHS = ("", "f16")  # in the order of enum dbf_path
+TYPES = ("none", "f16", "f32")  # in the order of enum dbf_scale_type
+DENORMAL = 2.0**-126  # floats below are
 BUFFERS = ("A", "B", "sa", "sm", "sb", "x", "y")
 
 
@@ -36,7 +39,7 @@ class Case:
     types: tuple[str, str, str] = ("f16", "f16", "f16")  # of sa, sm, sb
     padding: int = 0  # floats between the tokens of x
     offsets: dict[str, int] = field(default_factory=dict)  # buffer -> bytes behind a multiple of 256
-    path: str = ""  # what the user asks for: "" is the default
+    path: str = ""  # one of PATHS
     seed: int = 0  # of the fibers' order
     poison: int = 0xFF
     magnitude: tuple[float, float, float, float] = (1.0, 1.0, 1.0, 1.0)  # of sa, sm, sb, x
@@ -87,7 +90,8 @@ def bound(case: Case, half: bool = False) -> np.ndarray:
     errors e_i as +-e_i. The signs of the tests are random and know nothing of the errors, so by Hoeffding's inequality
     the sum exceeds 6 sqrt(sum e_i^2) once in 30 million times. The errors of h are carried on the same way, and to each
     sum of floats come 64 roundings of 2^-24 of the sum of magnitudes; more than the blocks of any row, and than the
-    accumulation in the tensor core's float. What is below TINY may be lost altogether.
+    accumulation in the tensor core's float. A vector below TINY may be lost altogether, and so may denormals: ggml-cuda
+    is compiled with -use_fast_math, which takes them as zero.
     """
     v, h, _ = reference(case)
     v, h = np.abs(v), np.abs(h)
@@ -103,18 +107,19 @@ def bound(case: Case, half: bool = False) -> np.ndarray:
     error_h = sm * (rounding(v) + floats / 6 * v.sum(axis=1, keepdims=True))
     carried = np.sqrt(np.square(error_h).sum(axis=1, keepdims=True))
     worst_h = h + 6 * error_h
-    return sa * (6 * np.hypot(carried, rounding(worst_h)) + floats * worst_h.sum(axis=1, keepdims=True)) + 1e-37
+    off = sa * (6 * np.hypot(carried, rounding(worst_h)) + floats * worst_h.sum(axis=1, keepdims=True))
+    return off + DENORMAL + np.where(sa < DENORMAL, sa * worst_h.sum(axis=1, keepdims=True), 0)
 
 
 def write_cases(cases: list[Case], path: Path) -> None:
-    """The file that driver.cpp reads: for each case a line of numbers, then the arrays."""
+    """The file that driver.cpp reads: for each case the letter C, its numbers, its arrays."""
     with open(path, "wb") as f:
         for case in cases:
             d = case.device
             numbers = [case.n_in, case.k, case.n_out, case.n_tokens, case.n_in + case.padding, d.cc, d.n_sm, d.shared,
-                       *(t == "f16" for t in case.types), *(case.offsets.get(b, 0) for b in BUFFERS),
-                       case.path == "f16", case.seed, case.poison]
-            f.write(struct.pack(f"<{len(numbers)}q", *map(int, numbers)))
+                       d.shared + 1024, *map(TYPES.index, case.types), *(case.offsets.get(b, 0) for b in BUFFERS),
+                       PATHS.index(case.path), case.seed, case.poison]
+            f.write(b"C" + struct.pack(f"<{len(numbers)}q", *map(int, numbers)))
             for name in BUFFERS[:-1]:
                 f.write(np.ascontiguousarray(case.arrays[name]).tobytes())
 

@@ -84,7 +84,7 @@ bool     running;
 
 char *   block_memory;
 size_t   block_memory_size;
-void **  garbage;  // shared memory of blocks that are done
+void **  garbage;  // what synchronize() frees: shared memory of blocks that are done, kernels' arguments
 unsigned n_garbage;
 
 void (*kernel_body)(void *);
@@ -325,6 +325,11 @@ void synchronize() {
     n_garbage = 0;
 }
 
+void keep_until_synchronize(void * memory) {
+    garbage = (void **) realloc(garbage, (n_garbage + 1)*sizeof(void *));
+    garbage[n_garbage++] = memory;
+}
+
 void wait_for_previous_grid() {
     acquire(&end_tag);
 }
@@ -352,7 +357,6 @@ void launch(dim3 grid, dim3 block, size_t shared_bytes, start when, void (*body)
     // Each block has shared memory of its own, freed when all are done: to ThreadSanitizer blocks run side by side.
     const unsigned n_blocks = grid.x*grid.y*grid.z;
     unsigned * order = (unsigned *) malloc(n_blocks*sizeof(unsigned));
-    garbage = (void **) realloc(garbage, (n_garbage + n_blocks)*sizeof(void *));
     make_order(order, n_blocks);
     static unsigned n_run = 0;
     for (unsigned i = 0; i < n_blocks; ++i) {
@@ -361,7 +365,7 @@ void launch(dim3 grid, dim3 block, size_t shared_bytes, start when, void (*body)
         block_memory = shared_bytes > 0 ? (char *) malloc(shared_bytes) : nullptr;
         if (shared_bytes > 0) {
             memset(block_memory, config.poison, shared_bytes);
-            garbage[n_garbage++] = block_memory;
+            keep_until_synchronize(block_memory);
         }
         fibers  = fiber_sets[n_run++ % SETS];
         running = true;

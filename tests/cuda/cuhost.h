@@ -24,7 +24,9 @@
 #include <cstdint>
 
 #include <cmath>
+#include <cstdlib>
 #include <cstring>
+#include <new>
 #include <type_traits>
 
 // NVIDIA's own headers compile with plain g++ and bring the exact conversions and the vector types.
@@ -73,8 +75,15 @@ enum class start { in_order, early };
 
 void launch(dim3 grid, dim3 block, size_t shared_bytes, start when, void (*body)(void *), void * arg);
 
+void keep_until_synchronize(void * memory);  // from malloc()
+
+// `body` is copied, like the arguments of a kernel: the host goes on while an early launch may still read them. So it should
+// capture by value.
 template <class F> void launch(dim3 grid, dim3 block, size_t shared_bytes, F body, start when = start::in_order) {
-    launch(grid, block, shared_bytes, when, [](void * f) { (*(F *) f)(); }, &body);
+    static_assert(std::is_trivially_destructible<F>::value, "a kernel's arguments are plain data");
+    F * copy = new (malloc(sizeof(F))) F(body);
+    launch(grid, block, shared_bytes, when, [](void * f) { (*(F *) f)(); }, copy);
+    keep_until_synchronize(copy);
 }
 
 void wait_for_previous_grid();  // in a kernel: griddepcontrol.wait

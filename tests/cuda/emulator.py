@@ -63,8 +63,9 @@ class Emulator:
         target = self.folder / name
         if not target.exists():
             folders = (HERE, self.kernels, self.root / "include", self.root / "include" / "cccl")
-            always = ["-std=c++17", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror", *(f"-I{p}" for p in folders)]
-            result = run(*self.compiler, *always, *flags, "-x", "c++", "-c", source, "-o", target)
+            always = ["-std=c++17", "-DDBF_ON_CPU", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror"]
+            include = (f"-I{p}" for p in folders)
+            result = run(*self.compiler, *always, *include, *flags, "-x", "c++", "-c", source, "-o", target)
             assert result.returncode == 0, result.stderr
         return target
 
@@ -75,10 +76,12 @@ class Emulator:
 
     def program(self, source: Path, build: str, *objects: Path, name: str | None = None) -> Path:
         """`source` linked with the runtime and other objects."""
-        target = self.folder / (name or f"{source.stem}-{build}")
+        main = self._compile(source, f"{source.stem}-{build}.o", *BUILDS[build])
+        return self._link(self.folder / (name or f"{source.stem}-{build}"), build, main, *objects)
+
+    def _link(self, target: Path, build: str, *objects: Path) -> Path:
         if not target.exists():
-            main = self._compile(source, f"{source.stem}-{build}.o", *BUILDS[build])
-            result = run(*self.compiler[-1:], *BUILDS[build], main, *objects, self.runtime(build), "-o", target)
+            result = run(self.compiler[-1], *BUILDS[build], *objects, self.runtime(build), "-o", target)
             assert result.returncode == 0, result.stderr
         return target
 
@@ -101,3 +104,8 @@ class Emulator:
 
     def source_object(self, source: Path, build: str) -> Path:
         return self._compile(source, f"{source.stem}-source-{build}.o", *BUILDS[build])
+
+    def driver(self, build: str, kernels: Path, name: str) -> Path:
+        """The driver with the kernels of an object file. Its own code is not optimised, see driver.cpp."""
+        main = self._compile(HERE / "driver.cpp", f"driver-{build}.o", *BUILDS[build], "-O0")
+        return self._link(self.folder / name, build, main, kernels)

@@ -16,14 +16,10 @@ template <class T, class R> inline T read(R r) {
     return t;
 }
 
-// Results go to a register of their size. Only loads of 8 and 16 bits and predicates may widen: signed types extend the sign.
+// A result that is narrower than its register, from a load of 8 or 16 bits: signed types extend the sign.
 template <class T, class R> inline void write(R & r, T value) {
-    if constexpr (sizeof(T) == sizeof(R)) {
-        memcpy(&r, &value, sizeof(r));
-    } else {
-        static_assert(sizeof(T) < sizeof(R) && std::is_integral<T>::value && std::is_integral<R>::value, "");
-        r = (R) value;
-    }
+    static_assert(sizeof(T) < sizeof(R) && std::is_integral<T>::value && std::is_integral<R>::value, "");
+    r = (R) value;
 }
 
 // By-value struct parameters. With more than 16 bytes the C++ calling convention passes them on the stack, whatever is inside.
@@ -85,9 +81,6 @@ template <class T> inline T rem(T a, T b) {
     return a % b;
 }
 
-template <class T> inline T bit_and(T a, T b) { return a & b; }
-template <class T> inline T bit_or (T a, T b) { return a | b; }
-template <class T> inline T bit_xor(T a, T b) { return a ^ b; }
 template <class T> inline T bit_not(T a)      { return (T) ~a; }
 template <> inline bool bit_not(bool a)       { return !a; }
 
@@ -220,6 +213,54 @@ inline float from_half(uint16_t bits) {
 
 inline uint16_t to_half(float v) {
     return __half_raw(__float2half_rn(v)).x;
+}
+
+// ---- tensor cores: registers of d, a, b, then the values of c
+
+inline void mma_u8s8_m16n8k32(uint32_t & d0, uint32_t & d1, uint32_t & d2, uint32_t & d3, uint32_t a0, uint32_t a1, uint32_t a2,
+                              uint32_t a3, uint32_t b0, uint32_t b1, int c0, int c1, int c2, int c3) {
+    int c[] = { c0, c1, c2, c3 };
+    const uint32_t a[] = { a0, a1, a2, a3 };
+    const uint32_t b[] = { b0, b1 };
+    cuhost::mma_u8s8_m16n8k32(c, a, b);
+    d0 = (uint32_t) c[0];
+    d1 = (uint32_t) c[1];
+    d2 = (uint32_t) c[2];
+    d3 = (uint32_t) c[3];
+}
+
+inline void mma_u8s8_m8n8k16(uint32_t & d0, uint32_t & d1, uint32_t a, uint32_t b, int c0, int c1) {
+    int c[] = { c0, c1 };
+    cuhost::mma_u8s8_m8n8k16(c, a, b);
+    d0 = (uint32_t) c[0];
+    d1 = (uint32_t) c[1];
+}
+
+// registers of floats are declared as .f32 or as .b32, depending on the compiler
+template <class R>
+inline void mma_f16_m16n8k16(R & d0, R & d1, R & d2, R & d3, uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
+                             uint32_t b1, float c0, float c1, float c2, float c3) {
+    float c[] = { c0, c1, c2, c3 };
+    const uint32_t a[] = { a0, a1, a2, a3 };
+    const uint32_t b[] = { b0, b1 };
+    cuhost::mma_f16_m16n8k16(c, a, b);
+    d0 = read<R>(c[0]);
+    d1 = read<R>(c[1]);
+    d2 = read<R>(c[2]);
+    d3 = read<R>(c[3]);
+}
+
+template <class R>
+inline void mma_f16_m16n8k8(R & d0, R & d1, R & d2, R & d3, uint32_t a0, uint32_t a1, uint32_t b0, float c0, float c1, float c2,
+                            float c3) {
+    float c[] = { c0, c1, c2, c3 };
+    const uint32_t a[] = { a0, a1 };
+    const uint32_t b[] = { b0 };
+    cuhost::mma_f16_m16n8k8(c, a, b);
+    d0 = read<R>(c[0]);
+    d1 = read<R>(c[1]);
+    d2 = read<R>(c[2]);
+    d3 = read<R>(c[3]);
 }
 
 // ---- shuffles: `clamp` holds the highest lane in bits 0-4 and the mask of the segment in bits 8-12

@@ -11,12 +11,12 @@ against the declarations of the kernels links with either: with g++'s object of 
     PTX                                             C++
     .reg .b32 %r<9>;                                uint32_t r_r1 = POISON, ..., r_r8 = POISON;
     @%p1 bra $L__BB0_2;                             if (r_p1) { goto L__BB0_2; }
-    mul.wide.u32 %rd4, %r1, 4;                      write(r_rd4, ptx::mul_wide<uint32_t>(read<uint32_t>(r_r1), 4));
+    mul.wide.s32 %rd4, %r1, 4;                      r_rd4 = (uint64_t) (ptx::mul_wide<int32_t>((int32_t) r_r1, 4));
     ld.global.cs.v4.u32 {%r5,%r6,%r7,%r8}, [%rd4];  four reads through ptx::at<load, uint32_t, 4>(address), which checks
                                                     alignment and bounds
-    mma.sync.aligned.m16n8k32...                    cuhost::mma_u8s8_m16n8k32(...)
+    mma.sync.aligned.m16n8k32...                    ptx::mma_u8s8_m16n8k32(...)
 
-Registers are untyped in PTX, an instruction says how it takes them: read and write copy bits. Shared addresses are
+Registers are untyped in PTX, an instruction says how it takes them: the bits stay the same. Shared addresses are
 offsets from the block's shared memory. The arithmetic itself is in ptx_runtime.h.
 
 An instruction, modifier or operand that is not known here is an error that names it: nothing is skipped over.
@@ -42,10 +42,10 @@ CACHING = {"nc", "ca", "cg", "cs", "lu", "cv", "wb", "wt", "weak", "volatile", "
 COMPARE = {"eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">=",
            "lo": "<", "ls": "<=", "hi": ">", "hs": ">="}
 MMA = {
-    "m16n8k32.row.col.s32.u8.s8.s32": ("mma_u8s8_m16n8k32", "int32_t"),
-    "m8n8k16.row.col.s32.u8.s8.s32": ("mma_u8s8_m8n8k16", "int32_t"),
-    "m16n8k16.row.col.f32.f16.f16.f32": ("mma_f16_m16n8k16", "float"),
-    "m16n8k8.row.col.f32.f16.f16.f32": ("mma_f16_m16n8k8", "float"),
+    "m16n8k32.row.col.s32.u8.s8.s32": "mma_u8s8_m16n8k32",
+    "m8n8k16.row.col.s32.u8.s8.s32": "mma_u8s8_m8n8k16",
+    "m16n8k16.row.col.f32.f16.f16.f32": "mma_f16_m16n8k16",
+    "m16n8k8.row.col.f32.f16.f16.f32": "mma_f16_m16n8k8",
 }
 
 
@@ -68,6 +68,7 @@ class Kernel:
     def __init__(self, name: str, params: list[str], shared: dict[str, int]):
         self.name = name
         self.shared = shared  # symbol -> offset in the block's shared memory
+        self.types = {}  # register -> its C++ type
         self.params = {}  # symbol -> C++ name
         self.arguments = []
         for i, text in enumerate(params):
@@ -103,14 +104,32 @@ class Kernel:
             return f"({c_type}) {self.shared[operand]}"
         if kind == "pred" and operand.startswith("!"):
             return "!" + self.read(operand[1:], kind)
-        if re.fullmatch(r"%?[A-Za-z_]\w*", operand):
-            return f"ptx::read<{c_type}>({register(operand)})"
+        if operand in self.types:
+            return self._as(c_type, register(operand), self.types[operand])
         raise Unknown(f"operand {operand!r}")
 
     def write(self, operand: str, kind: str, value: str) -> str:
         if operand == "_":
             return f"(void) ({value});"
-        return f"ptx::write<{C_TYPES[kind]}>({register(operand)}, {value});"
+        if operand not in self.types:
+            raise Unknown(f"result {operand!r}")
+        c_type, own = C_TYPES[kind], self.types[operand]
+        if self._size(c_type) < self._size(own):  # loads of 8 and 16 bits
+            return f"ptx::write<{c_type}>({register(operand)}, {value});"
+        return f"{register(operand)} = {self._as(own, f'({value})', c_type)};"
+
+    @staticmethod
+    def _size(c_type: str) -> int:
+        return {"bool": 1, "float": 32}.get(c_type) or int(re.sub(r"\D", "", c_type))
+
+    def _as(self, c_type: str, value: str, own: str) -> str:
+        """`value`, whose type is `own`, as another type: the same bits, or the lower ones. Plain C++ where that will
+        do, because with templates the compiler takes three times as long for 40,000 instructions."""
+        if c_type == own:
+            return value
+        if {c_type, own} & {"bool", "float"} or self._size(c_type) != self._size(own):
+            return f"ptx::read<{c_type}>({value})"
+        return f"({c_type}) {value}"
 
     def address(self, operand: str, space: str) -> str:
         match = re.fullmatch(r"\[\s*([^\s+]+)\s*(?:\+\s*(-?\d+))?\s*\]", operand)
@@ -162,6 +181,10 @@ class Kernel:
         self._take(mods)
         if kind[0] not in "us":
             raise Unknown("type")
+        operator = {"add": "+", "sub": "-"}.get(function)
+        if operator and kind[1:] in ("32", "64"):  # wraps around as unsigned
+            kind = "u" + kind[1:]
+            return self.write(args[0], kind, f"{self.read(args[1], kind)} {operator} {self.read(args[2], kind)}")
         return self._call(function, args, kind, n)
 
     def op_add(self, args, mods, kind):
@@ -225,21 +248,23 @@ class Kernel:
         self._take(mods)
         return self._call("rem", args, kind, 2)
 
-    def _bitwise(self, name, args, mods, kind, n=2):
+    def _bitwise(self, operator, args, mods, kind):
         self._take(mods)
-        return self._call(f"bit_{name}", args, kind, n)
+        value = f"{self.read(args[1], kind)} {operator} {self.read(args[2], kind)}"
+        return self.write(args[0], kind, f"({C_TYPES[kind]}) ({value})" if kind in ("b16", "pred") else value)
 
     def op_and(self, args, mods, kind):
-        return self._bitwise("and", args, mods, kind)
+        return self._bitwise("&", args, mods, kind)
 
     def op_or(self, args, mods, kind):
-        return self._bitwise("or", args, mods, kind)
+        return self._bitwise("|", args, mods, kind)
 
     def op_xor(self, args, mods, kind):
-        return self._bitwise("xor", args, mods, kind)
+        return self._bitwise("^", args, mods, kind)
 
     def op_not(self, args, mods, kind):
-        return self._bitwise("not", args, mods, kind, 1)
+        self._take(mods)
+        return self._call("bit_not", args, kind, 1)
 
     def _shift(self, name, args, mods, kind):
         self._take(mods)
@@ -439,18 +464,13 @@ class Kernel:
     def op_mma(self, args, mods, kind):
         if mods[:2] != ["sync", "aligned"] or ".".join(mods[2:]) not in MMA:
             raise Unknown("tile or type")
-        function, c_type = MMA[".".join(mods[2:])]
-        kind = "f32" if c_type == "float" else "s32"
+        function = MMA[".".join(mods[2:])]
         d, a, b, c = (split(x.strip("{}")) for x in args)
-
-        def values(operands, kind):
-            return ", ".join(self.read(x, kind) for x in operands)
-
-        fragments = f"{c_type} c[] = {{ {values(c, kind)} }}; "
-        fragments += f"const uint32_t a[] = {{ {values(a, 'u32')} }}, b[] = {{ {values(b, 'u32')} }};"
-        ab = "a[0], b[0]" if len(a) == 1 else "a, b"
-        results = " ".join(self.write(x, kind, f"c[{i}]") for i, x in enumerate(d))
-        return f"{fragments} cuhost::{function}(c, {ab}); {results}"
+        if not all(x in self.types for x in (*d, *a, *b)):
+            raise Unknown("operand")
+        accumulator = "f32" if "f32" in mods[-1] else "s32"
+        operands = [*map(register, d), *map(register, a), *map(register, b), *(self.read(x, accumulator) for x in c)]
+        return f"ptx::{function}({', '.join(operands)});"
 
     def op_griddepcontrol(self, args, mods, kind):
         if mods == ["wait"]:
@@ -501,6 +521,7 @@ class Kernel:
         for name in names.split(","):
             match = re.fullmatch(r"([%\w$]+)<(\d+)>", name.strip())
             registers += [f"{match[1]}{i}" for i in range(1, int(match[2]))] if match else [name.strip()]
+        self.types.update(dict.fromkeys(registers, c_type))
         poison = {"bool": "true", "float": "NAN"}.get(c_type, f"({c_type}) 0xdeaddeaddeaddeadull")
         declared = ", ".join(f"{register(r)} = {poison}" for r in registers)
         return f"[[maybe_unused]] {c_type} {declared};" if registers else ""
