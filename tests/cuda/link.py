@@ -29,6 +29,7 @@ def link(jobs: int) -> Path:
     root = toolchain.toolkit_root(cublas=True)
     folder = llama_cpp._key_dir() / "cuda-link"
     options = {"GGML_NATIVE": "OFF", "LLAMA_BUILD_TESTS": "OFF", "CMAKE_SHARED_LINKER_FLAGS": "-Wl,-z,defs"}
+    options["CMAKE_CUDA_FLAGS"] = "-Ofc=max"  # half the time: who calls whom does not depend on how good the code is
     with toolchain.as_nvcc(root):
         log, env = llama_cpp.configure(llama_cpp.source_tree(), folder, ARCHITECTURE, **options)
     command = ["cmake", "--build", str(folder), "-j", str(jobs), "--target", "ggml-cuda"]
