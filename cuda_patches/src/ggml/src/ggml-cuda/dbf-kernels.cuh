@@ -50,6 +50,13 @@
 #define DBF_TINY     1e-30f      // a vector below is zero: 1/d would overflow
 #define DBF_INFINITY 0x7f800000u // |v| as an integer from here on: infinity or NaN
 
+// Steps whose signs are on their way; for the slower memory of sm_75 one is enough
+#if defined(DBF_ON_CPU) || __CUDA_ARCH__ >= 800
+#define DBF_AHEAD 2
+#else
+#define DBF_AHEAD 1
+#endif
+
 // Code is compiled for every architecture of a build; a kernel is empty where it is never launched.
 #if defined(DBF_ON_CPU) || __CUDA_ARCH__ >= 750
 #define DBF_HAS_MMA true
@@ -148,19 +155,25 @@ static __device__ __forceinline__ uint32_t dbf_warp_max(uint32_t v) {
     return v;
 }
 
-// The words 4t..4t+3 of a step of a row; what the matrix does not have is 0. Signs are read exactly once for a token, so
-// they must not evict from the L2 cache what every block reads, the input: hence __ldcs.
+// A row that the matrix does not have is the last one again: its result is dropped, and no load needs a condition.
+static __device__ __forceinline__ const uint32_t * dbf_row(const dbf_args & args, int row) {
+    return (const uint32_t *) ((const char *) args.signs + (int64_t) min(row, args.rows - 1)*(4*args.n_words));
+}
+
+// The words 4t..4t+3 of a step of a row. Behind its end any signs will do, because the input is 0 there; the last ones are
+// read again, and never a byte outside. Signs are read exactly once for a token, so they must not evict from the L2 cache what
+// every block reads, the input: hence __ldcs.
 // VECTOR: words in a load. 4 wants rows of a multiple of 16 bytes, 1 fits all.
 template <int VECTOR>
-static __device__ __forceinline__ uint4 dbf_load_signs(const dbf_args & args, int row, int step, int t) {
+static __device__ __forceinline__ uint4 dbf_load_signs(const uint32_t * row, int n_words, int step, int t) {
     const int first = step*DBF_STEP_WORDS + 4*t;
-    const int n     = row < args.rows ? args.n_words - first : 0;
-    const uint32_t * p = args.signs + (int64_t) row*args.n_words + first;
+    const int last  = n_words - VECTOR;
+    const auto at = [&](int i) { return row + min(first + i, last); };
 
     if (VECTOR == 4) {
-        return n > 0 ? __ldcs((const uint4 *) p) : make_uint4(0, 0, 0, 0);
+        return __ldcs((const uint4 *) at(0));
     }
-    return make_uint4(n > 0 ? __ldcs(p) : 0, n > 1 ? __ldcs(p + 1) : 0, n > 2 ? __ldcs(p + 2) : 0, n > 3 ? __ldcs(p + 3) : 0);
+    return make_uint4(__ldcs(at(0)), __ldcs(at(1)), __ldcs(at(2)), __ldcs(at(3)));
 }
 
 // ---- rounding the input
@@ -304,9 +317,9 @@ static __device__ __forceinline__ dbf_rounding dbf_round_slice(const dbf_args & 
 }
 
 // acc[i] += the step's products for the bits 2i and 2i+1. Tensor cores: a fragment C, of which lane t = 0 has what counts.
-// dp4a: { hi, lo } of row g and of row g+8, over this lane's words.
+// dp4a: { hi, lo } of row g and of row g+8, over this lane's words. planes: of this lane's column and words.
 template <bool MMA>
-static __device__ __forceinline__ void dbf_dot_step(int (&acc)[4][4], const uint4 & row0, const uint4 & row1, const uint4 * planes, int step, int g, int t) {
+static __device__ __forceinline__ void dbf_dot_step(int (&acc)[4][4], const uint4 & row0, const uint4 & row1, const uint4 * planes) {
     DBF_UNROLL
     for (int word = 0; word < 4; ++word) {
         const uint32_t w0 = dbf_get(row0, word);
@@ -315,9 +328,7 @@ static __device__ __forceinline__ void dbf_dot_step(int (&acc)[4][4], const uint
         for (int half = 0; half < 2; ++half) {
             DBF_UNROLL
             for (int plane = 0; plane < (MMA ? 1 : 2); ++plane) {
-                // The six columns without a token get the same planes again: a column of C depends on that column of B
-                // alone, nobody looks at theirs, and a broadcast is cheaper than zeros.
-                const uint4 b = planes[dbf_plane_at(step, 4*t + word, half, MMA ? g%2 : plane)];
+                const uint4 b = planes[dbf_plane_at(0, word, half, plane)];
                 DBF_UNROLL
                 for (int i = 0; i < 2; ++i) {
                     const uint32_t m       = 0x01010101u << (4*half + 2*i);
@@ -342,7 +353,7 @@ static __device__ __forceinline__ void dbf_dot_step(int (&acc)[4][4], const uint
 //
 //   shared memory:  planes of the input [chunk_steps][4][2][4][2] uint4  |  partial sums [2][WARPS][16]
 //
-// Signs are loaded two steps ahead, over the ends of tiles: 2 KB a warp are under way, 32 KB a multiprocessor, which is what
+// Signs are loaded DBF_AHEAD steps ahead, over the ends of tiles. Two are 2 KB a warp and 32 KB a multiprocessor, which is what
 // it takes to hide the latency of an H100's memory.
 //
 // Input that does not fit is taken in chunks, and then rounded anew for every tile: slow, and needed only for n above 40,000.
@@ -367,21 +378,33 @@ __global__ void __launch_bounds__(32*WARPS, DBF_DECODE_BLOCKS(WARPS)) dbf_decode
 
     dbf_let_next_kernel_start();
 
-    uint4 ahead[2][2]; // [step after next][row g or g+8]
-    int   ahead_row  = blockIdx.x*DBF_TILE_ROWS + g;
+    uint4 ahead[DBF_AHEAD][2] = {}; // [this step, the next one][row g or g+8]
     int   ahead_step = warp;
+    int   ahead_tile = warp < n_steps ? (int) blockIdx.x : n_tiles;
+    const uint32_t * ahead_row[2] = { dbf_row(args, ahead_tile*DBF_TILE_ROWS + g), dbf_row(args, ahead_tile*DBF_TILE_ROWS + g + 8) };
     const auto load_ahead = [&](uint4 (&rows)[2]) {
-        rows[0] = dbf_load_signs<VECTOR>(args, ahead_row,     ahead_step, t);
-        rows[1] = dbf_load_signs<VECTOR>(args, ahead_row + 8, ahead_step, t);
+        if (ahead_tile >= n_tiles) {
+            return;
+        }
+        rows[0] = dbf_load_signs<VECTOR>(ahead_row[0], args.n_words, ahead_step, t);
+        rows[1] = dbf_load_signs<VECTOR>(ahead_row[1], args.n_words, ahead_step, t);
         ahead_step += WARPS;
         if (ahead_step >= n_steps) {
-            ahead_step = warp;
-            ahead_row += gridDim.x*DBF_TILE_ROWS;
+            ahead_step   = warp;
+            ahead_tile  += gridDim.x;
+            ahead_row[0] = dbf_row(args, ahead_tile*DBF_TILE_ROWS + g);
+            ahead_row[1] = dbf_row(args, ahead_tile*DBF_TILE_ROWS + g + 8);
         }
     };
-    load_ahead(ahead[0]);
-    load_ahead(ahead[1]);
+    DBF_UNROLL
+    for (int i = 0; i < DBF_AHEAD; ++i) {
+        load_ahead(ahead[i]);
+    }
     dbf_wait_for_previous_kernel();
+
+    // The six columns without a token get the same planes again: a column of C depends on that column of B alone, nobody looks
+    // at theirs, and a broadcast is cheaper than zeros.
+    const uint4 * column = planes + dbf_plane_at(0, 4*t, 0, MMA ? g%2 : 0);
 
     dbf_rounding info = { 0.0f, 0, 0 };
     int parity = 0;
@@ -397,11 +420,13 @@ __global__ void __launch_bounds__(32*WARPS, DBF_DECODE_BLOCKS(WARPS)) dbf_decode
 
             int acc[4][4] = {};
             for (int step = begin + warp; step < end; step += WARPS) { // chunk_steps is a multiple of WARPS
-                const uint4 row0 = ahead[0][0], row1 = ahead[0][1];
-                ahead[0][0] = ahead[1][0];
-                ahead[0][1] = ahead[1][1];
-                load_ahead(ahead[1]);
-                dbf_dot_step<MMA>(acc, row0, row1, planes, step - begin, g, t);
+                dbf_dot_step<MMA>(acc, ahead[0][0], ahead[0][1], column + dbf_plane_at(step - begin, 0, 0, 0));
+                DBF_UNROLL
+                for (int i = 1; i < DBF_AHEAD; ++i) {
+                    ahead[i - 1][0] = ahead[i][0];
+                    ahead[i - 1][1] = ahead[i][1];
+                }
+                load_ahead(ahead[DBF_AHEAD - 1]);
             }
 
             int s[4] = {};
@@ -568,10 +593,12 @@ __global__ void __launch_bounds__(32*DBF_GEMM_WARPS, DBF_GEMM_BLOCKS) dbf_gemm(c
     typedef typename dbf_accumulator<F16>::type number;
     number acc[2][TILES][4] = {};
 
-    uint4 next[4]; // the rows row0, + 8, + 16, + 24
+    const uint32_t * rows[4]; // row0, + 8, + 16, + 24
+    uint4 next[4];
     DBF_UNROLL
     for (int r = 0; r < 4; ++r) {
-        next[r] = dbf_load_signs<VECTOR>(args, row0 + 8*r, 0, t);
+        rows[r] = dbf_row(args, row0 + 8*r);
+        next[r] = dbf_load_signs<VECTOR>(rows[r], args.n_words, 0, t);
     }
     dbf_let_next_kernel_start();
     dbf_wait_for_previous_kernel();
@@ -586,7 +613,7 @@ __global__ void __launch_bounds__(32*DBF_GEMM_WARPS, DBF_GEMM_BLOCKS) dbf_gemm(c
         DBF_UNROLL
         for (int r = 0; r < 4; ++r) {
             row[r]  = next[r];
-            next[r] = dbf_load_signs<VECTOR>(args, row0 + 8*r, step + 1, t);
+            next[r] = dbf_load_signs<VECTOR>(rows[r], args.n_words, step + 1, t);
         }
         __syncthreads();
 

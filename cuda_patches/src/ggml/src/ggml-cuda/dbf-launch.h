@@ -147,8 +147,11 @@ static inline const char * dbf_unsupported(const dbf_shape & s, const dbf_device
     if (s.n_in % DBF_WORD != 0 || s.k % DBF_WORD != 0 || s.n_in <= 0 || s.k <= 0 || s.n_out <= 0 || s.n_tokens <= 0) {
         return "n_in and k must be multiples of 32";
     }
-    if (std::max(std::max(s.n_in, s.k), std::max(s.n_out/16, s.n_tokens)) > (1 << 22)) {
-        return "a dimension is too large"; // twice the sum of n bytes must fit 32 bits, and so must the numbers of rows and tokens
+    if (std::max(std::max(s.n_in, s.k), s.n_out/16) > (1 << 22)) {
+        return "a dimension is too large"; // twice the sum of n bytes must fit 32 bits, and so must the number of a row
+    }
+    if (s.n_tokens > 65535) {
+        return "more than 65535 tokens"; // grid.y
     }
     return nullptr;
 }
