@@ -107,13 +107,17 @@ def _unpack(wheel: Path, target: Path) -> None:
         raise DBFError(f"{wheel} is damaged: delete it, and it is fetched again") from None
 
 
-def _complete(root: Path) -> None:
-    """Adds to the unpacked wheels what nvcc and CMake expect beside them."""
-    (root / "lib64").symlink_to("lib")
+def _name_libraries(root: Path) -> None:
+    """libcublas.so beside libcublas.so.13: what a linker looks for."""
     for path in sorted((root / "lib").glob("*.so.*")):
         plain = root / "lib" / (path.name.partition(".so.")[0] + ".so")
         if not plain.exists():
             plain.symlink_to(path.name)
+
+
+def _complete(root: Path) -> None:
+    """Adds to the unpacked wheels what nvcc and CMake expect beside them."""
+    (root / "lib64").symlink_to("lib")
     compiler = next(filter(None, map(shutil.which, ("cc", "gcc", "clang"))), None)
     if compiler is None:
         raise DBFError("no C compiler (apt-get install build-essential)")
@@ -135,6 +139,7 @@ def toolkit_root(cublas: bool = False) -> Path:
     """
     machine = platform.machine()
     wheels = _WHEELS | _CUBLAS if cublas else _WHEELS
+    base = toolkit_root() if cublas else None
     if sys.platform != "linux" or machine not in ("x86_64", "aarch64"):
         raise DBFError(f"no CUDA toolkit: NVIDIA's wheels are for Linux on x86_64 and aarch64, not {machine}")
     recipe = hashlib.sha256(repr((_LAYOUT, machine, sorted(wheels.items()))).encode())
@@ -150,9 +155,13 @@ def toolkit_root(cublas: bool = False) -> Path:
         try:
             with tempfile.TemporaryDirectory(dir=folder, prefix="part.") as tmp:
                 part = Path(tmp) / "root"
-                for requirement, sha256 in wheels.items():
+                if base is not None:
+                    shutil.copytree(base, part, symlinks=True, copy_function=os.link)  # not the same bytes twice
+                for requirement, sha256 in (_CUBLAS if cublas else _WHEELS).items():
                     _unpack(fetch.pypi_archive(requirement, sha256[machine]), part)
-                _complete(part)
+                _name_libraries(part)
+                if base is None:
+                    _complete(part)
                 os.replace(part, root)
         except DBFError as error:
             raise DBFError(f"no CUDA toolkit: {error}") from None
