@@ -87,16 +87,6 @@ bool ggml_cuda_dbf_supports_op(int device, const ggml_tensor * op) {
     return reason == nullptr;
 }
 
-template <typename Kernel>
-static void dbf_start(Kernel kernel, const dbf_launch & l, const dbf_args & args, int device, cudaStream_t stream) {
-    if (l.shared > 48*1024) {
-        // once for all shapes: the limit, not what this launch takes
-        CUDA_SET_SHARED_MEMORY_LIMIT(kernel, ggml_cuda_info().devices[device].smpbo);
-    }
-    const ggml_cuda_kernel_launch_params params(dim3(l.grid.x, l.grid.y, 1), dim3(l.block, 1, 1), l.shared, stream);
-    ggml_cuda_kernel_launch(kernel, params, args);
-}
-
 void ggml_cuda_op_dbf_mul_mat(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
     const ggml_tensor * A  = dst->src[0];
     const ggml_tensor * x  = dst->src[1];
@@ -112,9 +102,19 @@ void ggml_cuda_op_dbf_mul_mat(ggml_backend_cuda_context & ctx, ggml_tensor * dst
     const dbf_plan plan = dbf_make_plan(dbf_shape_of(dst), dbf_get_device(ctx.device), at_16_bytes(A), at_16_bytes(B), dbf_chosen_path());
 
     ggml_cuda_pool_alloc<char> workspace(ctx.pool(), plan.workspace);
+    const size_t limit = ggml_cuda_info().devices[ctx.device].smpbo;
     dbf_execute(plan, operands, workspace.get(), [&](const dbf_launch & l, const dbf_args & args) {
+        const ggml_cuda_kernel_launch_params params(dim3(l.grid.x, l.grid.y, 1), dim3(l.block, 1, 1), l.shared, ctx.stream());
+        // Each kernel once may take more than 48 KiB of shared memory: as much as there is, not what this launch takes. The macro
+        // remembers by the place where it stands, so it has to stand here and not in a function that all kernels share.
         switch (l.kernel) {
-#define DBF_CASE(name, kernel) case name: dbf_start(DBF_NO_PARENTHESES kernel, l, args, ctx.device, ctx.stream()); break;
+#define DBF_CASE(name, kernel)                                   \
+            case name:                                           \
+                if (l.shared > 48*1024) {                        \
+                    CUDA_SET_SHARED_MEMORY_LIMIT(kernel, limit); \
+                }                                                \
+                ggml_cuda_kernel_launch(kernel, params, args);   \
+                break;
             DBF_KERNELS(DBF_CASE)
 #undef DBF_CASE
             case DBF_KERNEL_COUNT: GGML_ABORT("DBF: no kernel");
