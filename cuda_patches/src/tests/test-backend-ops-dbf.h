@@ -63,6 +63,13 @@ static void add_dbf_test_cases_eval(std::vector<std::unique_ptr<test_case>> & ca
             cases.emplace_back(new test_dbf_mul_mat(type_s, 576, 416, 1537, { n, 1, 1 }));
             cases.emplace_back(new test_dbf_mul_mat(type_s, 1536, 1120, 577, { n, 1, 1 }));
         }
+        // on GPUs: where another kernel begins, and the columns of its tiles end in the middle
+        for (int64_t n : { 3, 4, 5, 7, 9, 16 }) {
+            cases.emplace_back(new test_dbf_mul_mat(type_s, 544, 160, 333, { n, 1, 1 }));
+        }
+        // and an input that takes more than 48 KB of shared memory, and one that does not fit it at all
+        cases.emplace_back(new test_dbf_mul_mat(type_s,  30720, 64, 96, { 1, 1, 1 }));
+        cases.emplace_back(new test_dbf_mul_mat(type_s, 122880, 64, 96, { 1, 1, 1 }));
         cases.emplace_back(new test_dbf_mul_mat(type_s, 4096, 2112, 4096, { 1, 1, 1 }));
         cases.emplace_back(new test_dbf_mul_mat(type_s, 14336, 3200, 4096, { 3, 1, 1 }));
         cases.emplace_back(new test_dbf_mul_mat(type_s, 544, 160, 333, { 3, 2, 5 }));
