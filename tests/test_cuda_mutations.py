@@ -80,9 +80,9 @@ MUTATIONS = [
     Mutation("no check of the rows in gemm", GEMM, "source-asan", OVERFLOW,
              "if (row >= args.rows) {\n            continue;", "if (row >= args.rows + 16) {\n            continue;"),
     Mutation("signs of a row too many", DECODE, "source-asan", OVERFLOW,
-             "row < args.rows ? args", "row <= args.rows ? args"),
+             "min(row, args.rows - 1)", "min(row, args.rows)"),
     Mutation("a word too many at the ragged end of a row", DECODE_WORDS, "source-asan", OVERFLOW,
-             "n > 3 ? __ldcs(p + 3)", "n > 2 ? __ldcs(p + 3)"),
+             "n_words - VECTOR;", "n_words - VECTOR + 1;"),
     Mutation("a word too many of the input", DECODE_WORDS, "source-asan", OVERFLOW,
              "word < args.n_words;", "word <= args.n_words;"),
     Mutation("a token too many", GEMM_WORDS, "source-asan", OVERFLOW,
@@ -93,6 +93,8 @@ MUTATIONS = [
     Mutation("loads of 16 bytes from x at odd strides", ROUND, "source-asan", "misaligned address",
              "a.x_stride % 4 == 0", "a.x_stride % 1 == 0", "dbf-launch.h", [Case(128, 64, 33, 2, AMPERE, padding=3)]),
     # --- values
+    Mutation("signs of one step ahead too late", DECODE, "source-plain", OFF,
+             "load_ahead(ahead[DBF_AHEAD - 1]);", "load_ahead(ahead[0]);"),
     Mutation("planes swapped in decode", DECODE, "source-plain", OFF, "half, 0)] = hi;", "half, 1)] = hi;"),
     Mutation("planes swapped for gemm", ROUND, "source-plain", OFF, "half, at + 4)] = lo;", "half, at + 8)] = lo;"),
     Mutation("rows swapped in a fragment", DECODE, "source-plain", OFF, "{ w0 & m, w1 & m, ", "{ w1 & m, w0 & m, "),
@@ -107,13 +109,13 @@ MUTATIONS = [
              "w < WARPS; ++w) {\n                sum +=", "w < WARPS - 1; ++w) {\n                sum +="),
     Mutation("wrong stride of x", DECODE_DP4A, "source-plain", OFF,
              "token*args.x_stride + i", "token*(args.n_words*DBF_WORD) + i"),
-    Mutation("signs of fp16 turned round", GEMM_F16, "source-plain", OFF, "^ 0xbc00bc00u", "^ 0x3c003c00u"),
+    Mutation("signs of half the fp16 turned round", GEMM_F16, "source-plain", OFF, "^ 0xbc00bc00u", "^ 0xbc003c00u"),
     # --- what only the compiled code has
     Mutation("quarters of the mma of sm_75 swapped", DECODE, "ptx-75", OFF, '"r"(a[2*k + r])', '"r"(a[2*r + k])'),
     Mutation("wrong type in the mma of sm_80", DECODE, "ptx-80", "unknown PTX",
              "m16n8k32.row.col.s32.u8.s8", "m16n8k32.row.col.s32.s8.s8"),
     Mutation("misaligned load in the PTX", DECODE, "ptx-80", "misaligned access",
-             "4*t;\n    const int n ", "3*t;\n    const int n "),
+             "4*t;\n    const int last", "3*t;\n    const int last"),
 ]
 
 
@@ -136,15 +138,17 @@ def first_failure(cases, program, folder) -> str:
 def build(sound, layer: str, kernel: str, kernels, folder, host_too: bool = False):
     """A driver with one kernel (or the host side) from the folder `kernels` and all else from the sound program."""
     made = sound.with_kernels(kernels, folder)
-    source = HERE / "kernels.cu"
+    one = folder / "one.cu"
+    one.write_text(f'#include "dbf-kernels.cuh"\n\ntemplate __global__ void {kernel}(const dbf_args);\n')
     kind, which = layer.split("-")
     if kind == "source":
-        objects = [made.source_object(source, which, f"-DONLY={kernel}")]
+        objects = [made.source_object(one, which)]
     else:
-        objects = [made.ptx_object(source, int(which), "plain", f"-DONLY={kernel}")]
+        objects = [made.ptx_object(one, int(which), "plain")]
         which = "plain"
     # Of two definitions the linker takes the first: instances of templates are weak symbols.
-    objects += [(made if host_too else sound).driver_object(which), sound.source_object(source, which)]
+    host = (made if host_too else sound).driver_object(which)
+    objects += [host, sound.source_object(HERE / "kernels.cu", which)]
     return made.driver(which, *objects, name="driver")
 
 

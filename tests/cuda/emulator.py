@@ -85,25 +85,25 @@ class Emulator:
             assert result.returncode == 0, result.stderr
         return target
 
-    def ptx(self, source: Path, arch: int, *flags) -> str:
+    def ptx(self, source: Path, arch: int) -> str:
         """What nvcc emits for `source`."""
         target = self.folder / f"{source.stem}-{arch}.ptx"
         if not target.exists():
             include = [f"-I{HERE}", f"-I{self.kernels}"]
-            command = [self.root / "bin/nvcc", *NVCC_FLAGS, *flags, *include, f"-arch=compute_{arch}", "-ptx"]
+            command = [self.root / "bin/nvcc", *NVCC_FLAGS, *include, f"-arch=compute_{arch}", "-ptx"]
             result = run(*command, source, "-o", target)
             assert result.returncode == 0, result.stderr
         return target.read_text()
 
-    def ptx_object(self, source: Path, arch: int, build: str, *flags) -> Path:
+    def ptx_object(self, source: Path, arch: int, build: str) -> Path:
         """The same as an object file for this CPU."""
         cpp = self.folder / f"{source.stem}-ptx{arch}.cpp"
         if not cpp.exists():
-            cpp.write_text(ptx_to_cpp.translate(self.ptx(source, arch, *flags)))
+            cpp.write_text(ptx_to_cpp.translate(self.ptx(source, arch)))
         return self._compile(cpp, f"{source.stem}-ptx{arch}-{build}.o", *BUILDS[build], "-Og")  # quick to compile
 
-    def source_object(self, source: Path, build: str, *flags) -> Path:
-        return self._compile(source, f"{source.stem}-source-{build}.o", *BUILDS[build], *flags)
+    def source_object(self, source: Path, build: str) -> Path:
+        return self._compile(source, f"{source.stem}-source-{build}.o", *BUILDS[build])
 
     def driver_object(self, build: str) -> Path:
         """The driver and the host side of the op. Not optimised, see driver.cpp."""
