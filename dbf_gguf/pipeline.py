@@ -177,7 +177,7 @@ class Job:
         joined = effective(s.join, self.shapes, self.files)
         if joined != s.join:
             kind = config.get("model_type")
-            self.screen.line(f"join             {joined}: {kind} has no other linears that are not joined already")
+            self.screen.line(f"join             {joined}: {kind} has the rest as one linear already")
             s = self.settings = replace(s, join=joined)
         parts = [part for name in self.shapes for part in stored_names(f"{name}.weight", self.files)]
         missing = [part for part in parts if part not in self.files]
