@@ -662,6 +662,39 @@ def test_adaptive_budget(model, text, tmp_path, monkeypatch, capsys, patched_tre
     assert not (tmp_path / "x-work").exists()
 
 
+# --- joined linears
+
+
+def test_joined_linears_with_everything_else(model, text, tmp_path, monkeypatch, capsys):
+    """A size, an adaptive budget, signs trained in blocks and in the whole; another --join is refused afterwards."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(pipeline, "check_convertible", lambda folder, tree: None)  # seconds, and tested above
+    more = "--budget adaptive --blocks signs --tune signs --iterations 5 --size 55000 -o joined.gguf"
+    arguments = ["convert", model, "--calib", text, *OPTIONS[2:], *more.split()]
+    monkeypatch.setattr(sys, "argv", ["dbf-gguf", *map(str, arguments), "--join", "qkv,gate_up"])
+    cli.main()
+    printed = capsys.readouterr().out
+    assert re.search(r"blk\.0\.attn_qkv +k=", printed) and re.search(r"blk\.1\.ffn_gate_up +k=", printed)
+    work = WorkFolder.open(tmp_path / "joined-work")
+    shapes = pipeline.linear_shapes(model, "qkv,gate_up")
+    assert shapes["model.layers.0.self_attn.qkv_proj"] == (128, 64)
+    assert list(shapes) == list(work.manifest["budget"])
+    assert work.manifest["budget"] != budget.uniform_budget(shapes, work.manifest["settings"]["convert"]["bits"])
+    with GGUFFile(tmp_path / "joined.gguf") as file:
+        assert abs(file.size / 55_000 - 1) < 0.01
+        assert check_format(file) == []
+        assert check_work(file, work) == []
+        assert json.loads(file.get("dbf.settings"))["join"] == "qkv,gate_up"
+    loaded = dbf_gguf.load(work.path)
+    compressed = {name for name, module in loaded.named_modules() if hasattr(module, "signs_a")}
+    assert compressed == set(shapes)
+
+    error = fails(monkeypatch, capsys, *arguments, "--resume", "--join", "qkv")
+    assert "join was qkv,gate_up, now qkv" in error
+    measured = ["--budget", work.path / "budget.json", "-o", "other.gguf"]
+    assert "another --join" in fails(monkeypatch, capsys, *arguments, *measured)
+
+
 def test_help_names_every_option_in_a_group():
     from dbf_gguf.cli.convert import GROUPS, command
 
