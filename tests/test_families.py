@@ -209,7 +209,7 @@ def test_file_is_sound(compressed):
         assert ("output.weight" in file.tensors) is not compressed.model.config.tie_word_embeddings
         architecture = compressed.family.partition("-")[0].replace("mistral", "llama")
         assert file.get("general.architecture") == architecture
-        context = {"mistral": N_CTX, "phi3": 256}.get(compressed.family.removesuffix("-joined"), 128)
+        context = {"mistral": N_CTX, "phi3": 256}.get(compressed.family, 128)
         assert file.get(f"{architecture}.context_length") == context == context_length(compressed.folder)
 
 
