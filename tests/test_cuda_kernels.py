@@ -1,0 +1,184 @@
+"""The CUDA kernels of the DBF product, executed on the CPU: what comes out equals a float64 numpy product.
+
+Two layers (see cuda/emulator.py): the kernels' source, with sanitizers, and the PTX that nvcc made of it. Both are
+launched with what dbf-launch.h planned, as dbf.cu does it. How far a result may be off is derived in cuda/cases.py.
+
+Run alone: pytest tests/test_cuda_kernels.py     (minutes; CUDA's compiler is fetched once)
+"""
+
+import itertools
+
+import numpy as np
+import pytest
+from cases import Case, Device, errors, reference, run_cases
+from emulator import HERE, Emulator
+
+from dbf_gguf.paths import data_dir
+
+KERNELS = data_dir("cuda_patches") / "src/ggml/src/ggml-cuda"
+
+# Few multiprocessors, so that persistent blocks have several tiles of rows to walk over.
+PASCAL = Device(610, 3, 48 << 10)
+VOLTA = Device(700, 2, 96 << 10)
+TURING = Device(750, 4, 64 << 10)
+AMPERE = Device(800, 3, 163 << 10)
+ADA = Device(890, 5, 99 << 10)
+HOPPER = Device(900, 132, 227 << 10)
+BLACKWELL = Device(1200, 2, 99 << 10)
+
+LAYERS = ("source-asan", "source-tsan", "ptx-75", "ptx-80", "ptx-90", "ptx-120")
+DEVICES = {
+    "source-asan": (PASCAL, TURING, AMPERE, HOPPER),
+    "source-tsan": (PASCAL, AMPERE),
+    "ptx-75": (PASCAL, VOLTA, TURING),
+    "ptx-80": (AMPERE, ADA),
+    "ptx-90": (HOPPER,),
+    "ptx-120": (BLACKWELL,),
+}
+
+
+@pytest.fixture(scope="session")
+def emulator(cuda_toolkit, tmp_path_factory):
+    return Emulator(cuda_toolkit, tmp_path_factory.mktemp("kernels"), KERNELS)
+
+
+def program(emulator, layer: str):
+    source = HERE / "kernels.cu"
+    kind, which = layer.split("-")
+    if kind == "source":
+        return emulator.driver(which, emulator.source_object(source, which), f"driver-{layer}")
+    return emulator.driver("plain", emulator.ptx_object(source, int(which), "plain"), f"driver-{layer}")
+
+
+# --- cases: each group is a function of the device
+
+MIXED = ("f16", "f32", "f16")
+
+
+def by_tokens(device):
+    """Every number of tokens up to 9, and where the tiles of columns end."""
+    for n_tokens in (*range(1, 10), 16, 17, 33):
+        yield Case(160, 96, 33, n_tokens, device, MIXED)
+    yield Case(64, 32, 24, 512, device)
+
+
+def by_shape(device):
+    """Rows of 1 word and up; a number of rows that is no multiple of anything."""
+    shapes = [(32, 32, 1), (64, 32, 17), (96, 416, 333), (416, 160, 16), (512, 512, 40), (1056, 544, 70)]
+    for (n_in, k, n_out), n_tokens in itertools.product(shapes, (1, 3)):
+        yield Case(n_in, k, n_out, n_tokens, device)
+
+
+def by_type(device):
+    for types in itertools.product(("f16", "f32"), repeat=3):
+        for n_tokens in (1, 2, 11):
+            yield Case(96, 64, 18, n_tokens, device, types)
+
+
+def by_alignment(device):
+    """Pointers that are aligned to their elements and no more; rows whose length is no multiple of 16 bytes."""
+    everything = {"A": 4, "B": 12, "sa": 2, "sm": 6, "sb": 10, "x": 4, "y": 12}
+    for n_in, n_tokens in itertools.product((32, 128, 160, 512), (1, 2, 9)):
+        yield Case(n_in, 96, 19, n_tokens, device, padding=n_tokens, offsets=everything)
+        yield Case(128, n_in, 19, n_tokens, device, offsets={"A": 8, "B": 8, "x": 8})
+
+
+def by_order(device):
+    """Other orders of threads and blocks, another poison."""
+    for seed, poison, n_tokens in itertools.product((1, 2, 3), (0xFF, 0x7B), (1, 3, 20)):
+        yield Case(416, 96, 50, n_tokens, device, MIXED, seed=seed, poison=poison)
+
+
+def by_memory(device):
+    """Shared memory that the input does not fit at once."""
+    for shape, n_tokens in itertools.product(((9248, 96, 20), (64, 8320, 33)), (1, 3)):
+        shared = (20 if device.cc >= 750 else 10) << 10
+        yield Case(*shape, n_tokens, Device(device.cc, device.n_sm, shared))
+
+
+def by_magnitude(device):
+    """Scales and inputs far from 1, up to where products of floats would overflow."""
+    magnitudes = [(1e30, 1e-30, 1, 1), (1e-30, 1e25, 1, 1), (1, 1e-25, 1e28, 1), (1, 1, 1e-30, 1e25)]
+    magnitudes += [(1, 1, 1e10, 1e25), (1, 1, 1, 1e-36), (1e-38, 1, 1, 1)]
+    magnitudes += [(0, 1, 1, 1), (1, 0, 1, 1), (1, 1, 0, 1), (1, 1, 1, 0)]
+    for magnitude, n_tokens in itertools.product(magnitudes, (1, 3)):
+        yield Case(160, 96, 20, n_tokens, device, ("f32", "f32", "f32"), magnitude=magnitude)
+
+
+def by_content(device):
+    """One element that dwarfs the rest, tokens of very different size, half denormals, an empty token."""
+
+    def spike(a):
+        a["x"][:, 7] = 1e4
+
+    def loud_and_quiet(a):
+        a["x"] *= np.logspace(-12, 12, len(a["x"]), dtype=np.float32)[:, None]
+
+    def denormal(a):
+        a["sm"][::2] = 6e-8
+        a["sb"][::3] = 6e-8
+
+    def empty(a):
+        a["x"][0] = 0
+
+    for edit, n_tokens in itertools.product((spike, loud_and_quiet, denormal, empty), (1, 4, 10)):
+        yield Case(160, 96, 20, n_tokens, device, edit=edit)
+
+
+def by_nan(device):
+    """A NaN or an infinity makes all of its token NaN, and of no other."""
+
+    def put(value, where):
+        def edit(a):
+            a["x"][len(a["x"]) // 2, where] = value
+
+        return edit
+
+    for value, where, n_tokens in itertools.product((np.nan, np.inf, -np.inf), (0, 95, 159), (1, 4, 10)):
+        yield Case(160, 96, 20, n_tokens, device, edit=put(value, where))
+
+
+GROUPS = (by_tokens, by_shape, by_type, by_alignment, by_order, by_memory, by_magnitude, by_content, by_nan)
+# ThreadSanitizer looks at accesses, not at values, and is slow.
+TSAN_GROUPS = (by_tokens, by_shape, by_memory)
+
+
+def check(results, cases, half=False):
+    wrong = [e for e in (errors(c, y, half) for c, y in zip(cases, results, strict=True)) if e]
+    assert not wrong, f"{len(wrong)} of {len(cases)} cases:\n" + "\n".join(wrong[:10])
+
+
+@pytest.mark.parametrize("group", GROUPS, ids=lambda g: g.__name__)
+@pytest.mark.parametrize("layer", LAYERS)
+def test_kernels(emulator, tmp_path, layer, group):
+    if layer == "source-tsan" and group not in TSAN_GROUPS:
+        pytest.skip("ThreadSanitizer looks at accesses, not at values")
+    cases = [case for device in DEVICES[layer] for case in group(device)]
+    check(run_cases(program(emulator, layer), cases, tmp_path), cases)
+
+
+@pytest.mark.parametrize("layer", ("source-asan", "ptx-80"))
+def test_result_does_not_depend_on_the_order(emulator, tmp_path, layer):
+    """Sums are made in a fixed order: the same bits whichever thread comes first."""
+    for n_tokens in (1, 3, 20):
+        cases = [Case(416, 96, 50, n_tokens, AMPERE, seed=seed) for seed in range(5)]
+        first, *others = run_cases(program(emulator, layer), cases, tmp_path)
+        assert all(np.array_equal(first, y) for y in others)
+
+
+def test_errors_are_seen():
+    """The comparison itself: a flipped sign, 8 bits instead of 16, a NaN and a missing row are all beyond the bound."""
+    case = Case(160, 96, 33, 2)
+    _, _, y = reference(case)
+    assert errors(case, y) == ""
+    for name in "AB":
+        flipped = Case(160, 96, 33, 2)
+        flipped.arrays[name][5, 1] ^= 1 << 9
+        assert "off" in errors(case, reference(flipped)[2])
+    coarse = Case(160, 96, 33, 2)
+    step = np.abs(coarse.arrays["x"]).max(1, keepdims=True) / 127
+    coarse.arrays["x"] = np.rint(coarse.arrays["x"] / step) * step
+    assert "off" in errors(case, reference(coarse)[2])
+    y[1, 32] = np.nan
+    assert "NaN" in errors(case, y)
+    assert "shape" in errors(case, y[:, :-1])
