@@ -8,6 +8,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is loaded; s
 
 from dbf_gguf import llama_cpp  # noqa: E402
 from dbf_gguf.errors import DBFError  # noqa: E402
+from dbf_gguf.paths import data_dir  # noqa: E402
 
 
 @pytest.fixture(scope="session")
@@ -32,6 +33,15 @@ def cuda_toolkit():
 def cuda_toolkit_with_cublas():
     """The same with cuBLAS, whose headers every file of ggml-cuda includes."""
     return _toolkit_or_skip(cublas=True)
+
+
+@pytest.fixture(scope="session")
+def cuda_emulator(cuda_toolkit, tmp_path_factory):
+    """Compiles the CUDA kernels for the CPU; see cuda/emulator.py."""
+    from emulator import Emulator
+
+    kernels = data_dir("cuda_patches") / "src/ggml/src/ggml-cuda"
+    return Emulator(cuda_toolkit, tmp_path_factory.mktemp("emulator"), kernels)
 
 
 def _toolkit_or_skip(cublas: bool):

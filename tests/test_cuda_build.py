@@ -195,22 +195,29 @@ def test_compiles_for_every_architecture(backend, source, cuda_toolkit, tmp_path
 
 def test_lacks_only_functions_of_other_files(backend, cuda_toolkit_with_cublas, llama_bin, patched_tree, tmp_path):
     """The linker says what is missing; a function that our hook calls and nobody defines would be among it."""
-    objects = [backend.compile(source)[0] for source in ("ggml-cuda.cu", "dbf.cu")]
     libraries = cuda_toolkit_with_cublas / "lib"
-    command = ["c++", "-shared", "-o", tmp_path / "partial.so", *objects, f"-L{llama_bin}", "-lggml-base"]
-    command += [f"-L{libraries}", f"-L{libraries / 'stubs'}", "-lcudart", "-lcublas", "-lcuda"]
-    command += ["-Wl,-z,defs", "-Wl,--warn-unresolved-symbols", "-Wl,--demangle"]
-    run = subprocess.run(command, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr[-3000:]
-    missing = set(re.findall(r"undefined reference to `(.*)'", run.stderr))
-    assert len(missing) > 50  # upstream's own operators: the linker does tell
     text = "\n".join(
         path.read_text()
         for path in (patched_tree / "ggml/src/ggml-cuda").rglob("*.cu")
         if path.name not in ("ggml-cuda.cu", "dbf.cu")
     )
-    undefined = sorted(symbol for symbol in missing if not defines(text, symbol.partition("(")[0]))
-    assert undefined == []
+
+    def undefined(*sources: str) -> list[str]:
+        objects = [backend.compile(source)[0] for source in sources]
+        command = ["c++", "-shared", "-o", tmp_path / "partial.so", *objects, f"-L{llama_bin}", "-lggml-base"]
+        command += [f"-L{libraries}", f"-L{libraries / 'stubs'}", "-lcudart", "-lcublas", "-lcuda"]
+        command += ["-Wl,-z,defs", "-Wl,--warn-unresolved-symbols", "-Wl,--demangle"]
+        run = subprocess.run(command, capture_output=True, text=True)
+        assert run.returncode == 0, run.stderr[-3000:]
+        missing = set(re.findall(r"undefined reference to `(.*)'", run.stderr))
+        assert len(missing) > 50  # upstream's own operators: the linker does tell
+        return sorted(symbol for symbol in missing if not defines(text, symbol.partition("(")[0]))
+
+    assert undefined("ggml-cuda.cu", "dbf.cu") == []
+    assert [symbol.partition("(")[0] for symbol in undefined("ggml-cuda.cu")] == [
+        "ggml_cuda_dbf_supports_op",
+        "ggml_cuda_op_dbf_mul_mat",
+    ]
 
 
 def defines(text: str, function: str) -> bool:

@@ -11,11 +11,7 @@ import itertools
 import numpy as np
 import pytest
 from cases import Case, Device, errors, reference, run_cases
-from emulator import HERE, Emulator
-
-from dbf_gguf.paths import data_dir
-
-KERNELS = data_dir("cuda_patches") / "src/ggml/src/ggml-cuda"
+from emulator import HERE
 
 # Few multiprocessors, so that persistent blocks have several tiles of rows to walk over.
 PASCAL = Device(610, 3, 48 << 10)
@@ -37,17 +33,14 @@ DEVICES = {
 }
 
 
-@pytest.fixture(scope="session")
-def emulator(cuda_toolkit, tmp_path_factory):
-    return Emulator(cuda_toolkit, tmp_path_factory.mktemp("kernels"), KERNELS)
-
-
 def program(emulator, layer: str):
     source = HERE / "kernels.cu"
     kind, which = layer.split("-")
     if kind == "source":
-        return emulator.driver(which, emulator.source_object(source, which), f"driver-{layer}")
-    return emulator.driver("plain", emulator.ptx_object(source, int(which), "plain"), f"driver-{layer}")
+        kernels, build = emulator.source_object(source, which), which
+    else:
+        kernels, build = emulator.ptx_object(source, int(which), "plain"), "plain"
+    return emulator.driver(build, emulator.driver_object(build), kernels, name=f"driver-{layer}")
 
 
 # --- cases: each group is a function of the device
@@ -105,64 +98,83 @@ def by_magnitude(device):
         yield Case(160, 96, 20, n_tokens, device, ("f32", "f32", "f32"), magnitude=magnitude)
 
 
+def spike(a):
+    a["x"][:, 7] = 1e4
+
+
+def loud_and_quiet(a):
+    a["x"] *= np.logspace(-12, 12, len(a["x"]), dtype=np.float32)[:, None]
+
+
+def denormal(a):
+    a["sm"][::2] = 6e-8
+    a["sb"][::3] = 6e-8
+
+
+def empty(a):
+    a["x"][0] = 0
+
+
+def not_finite(value, where):
+    def edit(a):
+        a["x"][len(a["x"]) // 2, where] = value
+
+    return edit
+
+
 def by_content(device):
     """One element that dwarfs the rest, tokens of very different size, half denormals, an empty token."""
-
-    def spike(a):
-        a["x"][:, 7] = 1e4
-
-    def loud_and_quiet(a):
-        a["x"] *= np.logspace(-12, 12, len(a["x"]), dtype=np.float32)[:, None]
-
-    def denormal(a):
-        a["sm"][::2] = 6e-8
-        a["sb"][::3] = 6e-8
-
-    def empty(a):
-        a["x"][0] = 0
-
     for edit, n_tokens in itertools.product((spike, loud_and_quiet, denormal, empty), (1, 4, 10)):
         yield Case(160, 96, 20, n_tokens, device, edit=edit)
 
 
 def by_nan(device):
     """A NaN or an infinity makes all of its token NaN, and of no other."""
-
-    def put(value, where):
-        def edit(a):
-            a["x"][len(a["x"]) // 2, where] = value
-
-        return edit
-
     for value, where, n_tokens in itertools.product((np.nan, np.inf, -np.inf), (0, 95, 159), (1, 4, 10)):
-        yield Case(160, 96, 20, n_tokens, device, edit=put(value, where))
+        yield Case(160, 96, 20, n_tokens, device, edit=not_finite(value, where))
 
 
-GROUPS = (by_tokens, by_shape, by_type, by_alignment, by_order, by_memory, by_magnitude, by_content, by_nan)
-# ThreadSanitizer looks at accesses, not at values, and is slow.
-TSAN_GROUPS = (by_tokens, by_shape, by_memory)
+def by_path(device):
+    """Inputs in fp16 instead of two planes of bytes: what GGML_DBF_CUDA_F16 asks for."""
+    shapes = [(32, 32, 1), (96, 416, 333), (512, 512, 40), (1056, 160, 70)]
+    for shape, n_tokens in itertools.product(shapes, (1, 2, 8, 9, 17, 33)):
+        yield Case(*shape, n_tokens, device, MIXED, path="f16")
+    for edit, n_tokens in itertools.product((loud_and_quiet, empty, not_finite(np.inf, 3)), (4, 10)):
+        yield Case(160, 96, 20, n_tokens, device, path="f16", edit=edit)
 
 
-def check(results, cases, half=False):
-    wrong = [e for e in (errors(c, y, half) for c, y in zip(cases, results, strict=True)) if e]
+def by_race(device):
+    """Few and small, for ThreadSanitizer: it looks at accesses and not at values, and is slow."""
+    for n_tokens in (1, 2, 5, 9, 17):
+        yield Case(160, 96, 140, n_tokens, device)
+        yield Case(1152, 1056, 33, n_tokens, device, seed=n_tokens)
+    yield from itertools.islice(by_memory(device), 4)
+    yield Case(160, 96, 140, 9, device, path="f16")
+
+
+GROUPS = (by_tokens, by_shape, by_type, by_alignment, by_order, by_memory, by_magnitude, by_content, by_nan, by_path)
+
+
+def check(results, cases):
+    wrong = [e for e in (errors(c, y) for c, y in zip(cases, results, strict=True)) if e]
     assert not wrong, f"{len(wrong)} of {len(cases)} cases:\n" + "\n".join(wrong[:10])
 
 
-@pytest.mark.parametrize("group", GROUPS, ids=lambda g: g.__name__)
-@pytest.mark.parametrize("layer", LAYERS)
-def test_kernels(emulator, tmp_path, layer, group):
-    if layer == "source-tsan" and group not in TSAN_GROUPS:
-        pytest.skip("ThreadSanitizer looks at accesses, not at values")
+@pytest.mark.parametrize("layer, group", [
+    *((layer, group) for layer in LAYERS if layer != "source-tsan" for group in GROUPS),
+    ("source-tsan", by_race),
+])
+def test_kernels(cuda_emulator, tmp_path, layer, group):
     cases = [case for device in DEVICES[layer] for case in group(device)]
-    check(run_cases(program(emulator, layer), cases, tmp_path), cases)
+    check(run_cases(program(cuda_emulator, layer), cases, tmp_path), cases)
 
 
 @pytest.mark.parametrize("layer", ("source-asan", "ptx-80"))
-def test_result_does_not_depend_on_the_order(emulator, tmp_path, layer):
+def test_result_does_not_depend_on_the_order(cuda_emulator, tmp_path, layer):
     """Sums are made in a fixed order: the same bits whichever thread comes first."""
     for n_tokens in (1, 3, 20):
         cases = [Case(416, 96, 50, n_tokens, AMPERE, seed=seed) for seed in range(5)]
-        first, *others = run_cases(program(emulator, layer), cases, tmp_path)
+        first, *others = run_cases(program(cuda_emulator, layer), cases, tmp_path)
         assert all(np.array_equal(first, y) for y in others)
 
 

@@ -82,17 +82,18 @@ def reference(case: Case) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return v, h, y
 
 
-def bound(case: Case, half: bool = False) -> np.ndarray:
+def bound(case: Case) -> np.ndarray:
     """Largest |error| of each y [tokens, n_out] that rounding explains.
 
     A vector v is rounded to multiples of d <= max|v|/QMAX: each element is off by at most d/2, and by a little more
-    because 1/d is rounded too: 0.51 d. (`half`: to fp16 instead, off by |v| 2^-11.) The row of signs adds up these
+    because 1/d is rounded too: 0.51 d. (Path f16: to fp16 instead, off by |v| 2^-11.) The row of signs adds up these
     errors e_i as +-e_i. The signs of the tests are random and know nothing of the errors, so by Hoeffding's inequality
     the sum exceeds 6 sqrt(sum e_i^2) once in 30 million times. The errors of h are carried on the same way, and to each
     sum of floats come 64 roundings of 2^-24 of the sum of magnitudes; more than the blocks of any row, and than the
     accumulation in the tensor core's float. A vector below TINY may be lost altogether, and so may denormals: ggml-cuda
     is compiled with -use_fast_math, which takes them as zero.
     """
+    half = case.path == "f16" and case.device.cc >= 750
     v, h, _ = reference(case)
     v, h = np.abs(v), np.abs(h)
     sm, sa = (np.abs(case.arrays[s].astype(np.float64)) for s in ("sm", "sa"))
@@ -145,7 +146,7 @@ def failed_case(stderr: str, cases: list[Case]) -> str:
     return f"\ncase {numbers[-1]}: {cases[int(numbers[-1])]}" if numbers else ""
 
 
-def errors(case: Case, y: np.ndarray, half: bool = False) -> str:
+def errors(case: Case, y: np.ndarray) -> str:
     """What is wrong with y, or nothing."""
     _, _, expected = reference(case)
     if y.shape != expected.shape:
@@ -154,7 +155,7 @@ def errors(case: Case, y: np.ndarray, half: bool = False) -> str:
         wrong = np.argwhere(np.isnan(y) != np.isnan(expected))
         return f"{case}: {len(wrong)} NaNs are missing or too many, first at token, row {wrong[0]}"
     with np.errstate(invalid="ignore"):
-        off = np.abs(y - expected) / bound(case, half)
+        off = np.abs(y - expected) / bound(case)
     off = np.nan_to_num(off, nan=0.0)
     if off.max() > 1:
         t, r = np.unravel_index(off.argmax(), off.shape)

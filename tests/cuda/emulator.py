@@ -102,10 +102,19 @@ class Emulator:
             cpp.write_text(ptx_to_cpp.translate(self.ptx(source, arch, *flags)))
         return self._compile(cpp, f"{source.stem}-ptx{arch}-{build}.o", *BUILDS[build], "-Og")  # quick to compile
 
-    def source_object(self, source: Path, build: str) -> Path:
-        return self._compile(source, f"{source.stem}-source-{build}.o", *BUILDS[build])
+    def source_object(self, source: Path, build: str, *flags) -> Path:
+        return self._compile(source, f"{source.stem}-source-{build}.o", *BUILDS[build], *flags)
 
-    def driver(self, build: str, kernels: Path, name: str) -> Path:
-        """The driver with the kernels of an object file. Its own code is not optimised, see driver.cpp."""
-        main = self._compile(HERE / "driver.cpp", f"driver-{build}.o", *BUILDS[build], "-O0")
-        return self._link(self.folder / name, build, main, kernels)
+    def driver_object(self, build: str) -> Path:
+        """The driver and the host side of the op. Not optimised, see driver.cpp."""
+        return self._compile(HERE / "driver.cpp", f"driver-{build}.o", *BUILDS[build], "-O0")
+
+    def driver(self, build: str, *objects: Path, name: str) -> Path:
+        """The program of a driver and kernels."""
+        return self._link(self.folder / name, build, *objects)
+
+    def with_kernels(self, kernels: Path, folder: Path) -> "Emulator":
+        """The same for another copy of the kernels' folder."""
+        other = Emulator(self.root, folder, kernels)
+        other.runtime = self.runtime
+        return other

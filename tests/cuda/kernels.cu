@@ -2,4 +2,8 @@
 
 #include "dbf-kernels.cuh"
 
+#ifdef ONLY  // one instance, named on the command line
+template __global__ void ONLY(const dbf_args);
+#else
 DBF_INSTANTIATE_KERNELS
+#endif
