@@ -32,7 +32,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from .checkpoint import WorkFolder
 from .errors import DBFError
 from .factors import Factors
-from .model import one_line, replace_linear, weight_files
+from .join import NONE, stored_names
+from .model import join_linears, one_line, replace_linear, weight_files
 
 EMBEDDING, HEAD, NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"
 SHAPES_KEPT = 4  # batch shapes whose block arguments are kept
@@ -62,18 +63,23 @@ class _Recorder(nn.Module):
 class BlockModel:
     """The model in `folder` (config.json, safetensors), its blocks and products in `dtype` on `device`.
 
+    `join` says which linears of a block are one (`join.CHOICES`).
+
     `len(model)` is the number of blocks. Embedding, head and final norm are read when first asked for and kept until
     `release`; blocks belong to the caller. Safe to be called from several threads. Raises DBFError when transformers
     refuses the config, and as soon as a weight is asked for that is missing, damaged or of another shape.
     """
 
-    def __init__(self, folder: Path | str, dtype: torch.dtype = torch.float32, device: str = "cpu"):
+    def __init__(
+        self, folder: Path | str, dtype: torch.dtype = torch.float32, device: str = "cpu", join: str = NONE
+    ):
         self.folder, self.dtype, self.device = Path(folder), dtype, torch.device(device)
         self.files = weight_files(self.folder)
         with one_line(self.folder):
             config = AutoConfig.from_pretrained(self.folder, local_files_only=True)
             with torch.device("meta"):
                 model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
+            join_linears(model, join)
             model.requires_grad_(False).eval()
             body = model.model
             # the only values that come from the config instead of the files; on the meta device they were not computed
@@ -164,17 +170,24 @@ class BlockModel:
 
     def _read(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
         """One tensor as a copy: what safetensors gives is a mapping of the file, whose pages count as memory."""
+        parts = [self._stored(part) for part in stored_names(name, self.files)]
+        if {part.shape[1:] for part in parts} != {torch.Size(shape[1:])} or sum(map(len, parts)) != shape[0]:
+            found = " + ".join(str([*part.shape]) for part in parts)
+            raise DBFError(f"{self.folder}: {name} has shape {found}, by config.json it is {[*shape]}")
+        result = torch.empty(shape, dtype=self.dtype, device=self.device)
+        for rows, part in zip(result.split([len(part) for part in parts]), parts, strict=True):
+            rows.copy_(part)
+        return result
+
+    def _stored(self, name: str) -> torch.Tensor:
         if name not in self.files:
             raise DBFError(f"{self.folder} has no weight {name}: it is incomplete")
         path = self.files[name]
         try:
             with safe_open(str(path), "pt") as f:
-                tensor = f.get_tensor(name)
+                return f.get_tensor(name)
         except (SafetensorError, OSError) as error:
             raise DBFError(f"{path} is damaged ({error}): fetch the model again") from None
-        if tensor.shape != torch.Size(shape):
-            raise DBFError(f"{path}: {name} has shape {[*tensor.shape]}, by config.json it is {[*shape]}")
-        return tensor.to(self.device, self.dtype, copy=True)
 
     def _block_arguments(self, n: int, length: int) -> list[dict]:
         with self._lock:

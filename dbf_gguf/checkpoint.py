@@ -30,6 +30,7 @@ from safetensors.torch import load_file, save_file
 from . import __version__, parallel
 from .errors import DBFError
 from .factors import Factors, pack_signs, unpack_signs
+from .join import NONE
 
 FORMAT = 1
 SCALES = ("scale_a", "scale_m", "scale_b")
@@ -117,6 +118,11 @@ class WorkFolder:
         write_atomically(self.path / "manifest.json", lambda part: part.write_text(text))
 
     # --- settings
+
+    @property
+    def join(self) -> str:
+        """Which linears of the model are joined (`join.CHOICES`): the names in this folder are those after that."""
+        return self.manifest["settings"].get("convert", {}).get("join", NONE)
 
     def claim(self, stage: str, settings: dict) -> None:
         """Records the settings a stage runs under, or checks them against those it was begun under.

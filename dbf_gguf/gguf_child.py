@@ -12,6 +12,7 @@ end. Where a tensor is a compressed linear, the subclass sends *row numbers* `[n
 `modify_tensors` instead of the weight: what comes out is the GGUF name and the row permutation that this architecture
 wants (Llama interleaves the two rotary halves of Q and K, Qwen leaves them), without knowing about either here.
 Permuting the rows of W = diag(a) A diag(m) B diag(b) permutes the rows of A and the entries of a, nothing else.
+For a joint linear (`join`) each part is sent, and the permutations that come out are put one behind the other.
 """
 
 import ctypes
@@ -34,6 +35,7 @@ from .checkpoint import WorkFolder
 from .errors import DBFError
 from .factors import BLOCK
 from .gguf_file import DBF_TYPE, FORMAT_VERSION, SCALES, GGUFFile
+from .join import joint_of
 from .source import context_length
 
 CHUNK_BYTES = 32 << 20  # of float32 rows, when an embedding is quantized piece by piece
@@ -178,6 +180,7 @@ class PlannedLinears(Linears):
 def exporter_class(model_class: type, linears: Linears, job: dict) -> type:
     """The converter's class for this architecture, with the compressed linears and the options of `job` put in."""
     wanted = {"token_embd.weight": job["embedding_type"], "output.weight": job["output_type"]}
+    parts: dict[str, dict[str, np.ndarray]] = {}  # joint linear -> part -> its rows, until all are there
 
     class Exporter(model_class):
         model_arch = model_class.model_arch  # __init_subclass__ wants it in every class
@@ -191,8 +194,12 @@ def exporter_class(model_class: type, linears: Linears, job: dict) -> type:
 
         def modify_tensors(self, data_torch, name, bid):
             linear = name.removesuffix(".weight")
+            joint, join = joint_of(linear) or (None, None)
             if linear != name and linear in linears.pending:
-                self._add_linear(linear, name, bid, tuple(data_torch.shape))
+                self._add_linear(linear, *self._sent(name, bid, data_torch.shape[0]), data_torch.shape[1])
+                return
+            if linear != name and joint in linears.pending:
+                self._add_part(joint, join, linear, *self._sent(name, bid, data_torch.shape[0]), data_torch.shape[1])
                 return
             for new_name, data in super().modify_tensors(data_torch, name, bid):
                 if new_name in wanted:
@@ -202,15 +209,31 @@ def exporter_class(model_class: type, linears: Linears, job: dict) -> type:
                 else:
                     yield new_name, data
 
-        def _add_linear(self, linear, name, bid, shape):
-            del linears.pending[linear]
-            numbers = torch.arange(shape[0], dtype=torch.float32)[:, None]  # exact below 2^24
+        def _sent(self, name, bid, n_rows):
+            """The name in the file and the order of the rows that this architecture's converter gives a linear."""
+            numbers = torch.arange(n_rows, dtype=torch.float32)[:, None]  # exact below 2^24
             mapped = list(super().modify_tensors(numbers, name, bid))
             rows = mapped[0][1].reshape(-1).to(torch.int64).numpy() if len(mapped) == 1 else np.empty(0, np.int64)
-            if not np.array_equal(np.sort(rows), np.arange(shape[0])) or not mapped[0][0].endswith(".weight"):
+            if not np.array_equal(np.sort(rows), np.arange(n_rows)) or not mapped[0][0].endswith(".weight"):
                 raise DBFError(f"{name}: llama.cpp splits, merges or rescales this linear, DBF cannot stand in for it")
-            base = mapped[0][0].removesuffix(".weight")
-            for suffix, data in linears.tensors(linear, shape, rows).items():
+            return mapped[0][0].removesuffix(".weight"), rows
+
+        def _add_part(self, joint, join, linear, base, rows, n_in):
+            """Notes a part; with the last one, wherever in the folder it lies, the joint linear is complete."""
+            expected = join.bases[join.parts.index(linear.rpartition(".")[2])]
+            if not base.endswith(f".{expected}"):
+                raise DBFError(f"{linear}: llama.cpp calls it {base}, its rows cannot be joined as {join.base}")
+            found = parts.setdefault(joint, {})
+            found[linear.rpartition(".")[2]] = rows
+            if len(found) == len(join.parts):
+                order = [found[part] for part in join.parts]
+                starts = np.cumsum([0, *map(len, order)])
+                order = np.concatenate([rows + start for rows, start in zip(order, starts, strict=False)])
+                self._add_linear(joint, f"{base.rpartition('.')[0]}.{join.base}", order, n_in)
+
+        def _add_linear(self, linear, base, rows, n_in):
+            del linears.pending[linear]
+            for suffix, data in linears.tensors(linear, (len(rows), n_in), rows).items():
                 is_signs = suffix not in SCALES
                 self.gguf_writer.add_tensor(
                     f"{base}.{suffix}",

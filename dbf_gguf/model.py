@@ -2,9 +2,12 @@
 
 `DBFLinear` computes y = a ⊙ (A (m ⊙ (B (b ⊙ x)))) + bias. Its signs are constants, its scales parameters. The signs
 are held in the dtype they are multiplied in: on a CPU casting them at every call would cost more than the product.
+
+`join_linears` makes one linear of some that read the same input, before anything else is done (`join`).
 """
 
 import re
+import threading
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -18,6 +21,7 @@ from .checkpoint import SCALES, WorkFolder
 from .errors import DBFError
 from .factorize import product_dtype
 from .factors import Factors
+from .join import NONE, Join, chosen
 
 transformers_logging.disable_progress_bar()
 transformers_logging.set_verbosity_error()
@@ -44,8 +48,75 @@ class DBFLinear(nn.Module):
         return y.to(x.dtype)
 
 
-def load_dense(folder: Path, dtype: torch.dtype = torch.float32, device: str = "cpu"):
-    """The model of a local Hugging Face folder, frozen, in eval mode, without dropout.
+_last = threading.local()  # .seen: (linear, its input, its output) of the joint linear that this thread is at
+
+
+class Rows(nn.Module):
+    """Rows `start` to `stop` of a joint linear, in the place of one of its parts.
+
+    The first part computes the whole, for the others of this passage too: an attention calls q, k, v one after the
+    other with the same tensor, an MLP gate and up. A part that is called otherwise computes the whole anew. What is
+    kept between the calls belongs to the thread, and is gone with the last part.
+
+    shared  the joint linear in a list that all parts have in common: whoever replaces it does so there (`put`). As a
+            module of its own it would appear once for every part.
+    """
+
+    def __init__(self, shared: list[nn.Module], start: int, stop: int):
+        super().__init__()
+        self.shared, self.start, self.stop = shared, start, stop
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        (linear,) = self.shared
+        seen = getattr(_last, "seen", None)
+        _last.seen = None
+        known = self.start and seen is not None and seen[0] is linear and seen[1] is x
+        y = seen[2] if known else linear(x)
+        if self.stop < y.shape[-1]:
+            _last.seen = (linear, x, y)
+        return y[..., self.start : self.stop]
+
+
+def join_linears(model: nn.Module, setting: str) -> None:
+    """Joins linears of a model in place, on whatever device they are; what has no such parts stays as it is."""
+    for found in chosen(setting):
+        for parent in list(model.modules()):
+            children = dict(parent.named_children())
+            if all(isinstance(children.get(part), nn.Linear) for part in found.parts):
+                _join(parent, children, found)
+
+
+def _join(parent: nn.Module, children: dict[str, nn.Module], found: Join) -> None:
+    parts = [children[part] for part in found.parts]
+    weight = torch.cat([part.weight.detach() for part in parts])
+    bias = None if parts[0].bias is None else torch.cat([part.bias.detach() for part in parts])
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")
+    linear.weight = nn.Parameter(weight, requires_grad=False)
+    if bias is not None:
+        linear.bias = nn.Parameter(bias, requires_grad=False)
+    shared, start = [linear], 0
+    for part, old in zip(found.parts, parts, strict=True):
+        children[part] = Rows(shared, start, start + old.out_features)
+        start += old.out_features
+    for name in children:
+        delattr(parent, name)
+    for name, child in ({found.joint: linear} | children).items():  # it comes first, as its parts did
+        setattr(parent, name, child)
+
+
+def put(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Puts `module` in the place of the linear `name`, also for its parts if it is a joint one."""
+    parent, _, child = name.rpartition(".")
+    parent = model.get_submodule(parent)
+    old = getattr(parent, child)
+    setattr(parent, child, module)
+    for part in parent.children():
+        if isinstance(part, Rows) and part.shared[0] is old:
+            part.shared[0] = module
+
+
+def load_dense(folder: Path, dtype: torch.dtype = torch.float32, device: str = "cpu", join: str = NONE):
+    """The model of a local Hugging Face folder, frozen, in eval mode, without dropout, linears joined by `join`.
 
     Raises DBFError when it cannot be loaded or lacks weights.
     """
@@ -58,6 +129,7 @@ def load_dense(folder: Path, dtype: torch.dtype = torch.float32, device: str = "
     for module in model.modules():  # gradient checkpointing needs the training mode, in which dropout would be random
         if hasattr(module, "attention_dropout"):
             module.attention_dropout = 0.0
+    join_linears(model, join)
     model.requires_grad_(False)
     return model.eval().to(device)
 
@@ -87,10 +159,14 @@ def block_linears(model) -> dict[str, nn.Linear]:
     }
 
 
-def linear_shapes(folder: Path) -> dict[str, tuple[int, int]]:
-    """(n_out, n_in) of every block linear, from the config alone. Raises DBFError when transformers refuses it."""
+def linear_shapes(folder: Path, join: str = NONE) -> dict[str, tuple[int, int]]:
+    """(n_out, n_in) of every block linear, from the config alone; `join` as everywhere, a `join.CHOICES`.
+
+    Raises DBFError when transformers refuses the config.
+    """
     with one_line(folder), torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder, local_files_only=True))
+    join_linears(model, join)
     return {name: tuple(module.weight.shape) for name, module in block_linears(model).items()}
 
 
@@ -117,10 +193,8 @@ def norm_weights(model) -> dict[str, nn.Parameter]:
 
 def replace_linear(model, name: str, factors: Factors, dtype: torch.dtype) -> None:
     """Puts a DBFLinear in the place of the linear `name`, keeping its bias and device."""
-    parent, _, child = name.rpartition(".")
     old = model.get_submodule(name)
-    device = old.weight.device
-    setattr(model.get_submodule(parent), child, DBFLinear(factors, old.bias, dtype).to(device))
+    put(model, name, DBFLinear(factors, old.bias, dtype).to(old.weight.device))
 
 
 @contextmanager
@@ -161,7 +235,7 @@ def load(work_dir: Path | str, dtype: torch.dtype = torch.float32, device: str =
     work = WorkFolder.open(Path(work_dir))
     if not work.has("final.safetensors"):
         raise DBFError(f"{work_dir} is not finished: run the same `dbf-gguf convert` again to go on")
-    model = load_dense(resolve(work.manifest["model"]).folder, dtype, device)
+    model = load_dense(resolve(work.manifest["model"]).folder, dtype, device, work.join)
     apply_work(model, work, dtype)
     return model
 

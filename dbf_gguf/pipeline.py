@@ -37,6 +37,7 @@ from .factorize import factorize, product_dtype
 from .fetch import sha256_of
 from .gguf_file import PARTS, GGUFFile
 from .gguf_writer import check_convertible, check_types, planned_size, write_gguf
+from .join import NONE, effective, joint_base, stored_names
 from .llama_cpp import source_tree
 from .machine import available_memory
 from .model import apply_work, is_out_of_memory, linear_shapes, load_dense, training_dtype, weight_files
@@ -60,6 +61,7 @@ class Settings:
 
     bits: float | None  # None: what `size` comes to
     size: int | None  # wanted bytes of the GGUF file
+    join: str  # linears that share factors, one of `join.CHOICES`
     budget: str  # "uniform", "adaptive", or a file with what was measured for an adaptive one
     calib: str
     calib_sequences: int
@@ -170,11 +172,17 @@ class Job:
         config = check_model_dir(folder, self.source.gguf)
         tied = bool(config.get("tie_word_embeddings"))
         check_types(s.embedding_type, s.output_type, config.get("hidden_size", 0), tied)
-        self.shapes = linear_shapes(folder)
+        self.shapes = linear_shapes(folder, s.join)
         self.files = weight_files(folder)
-        missing = [name for name in self.shapes if f"{name}.weight" not in self.files]
+        joined = effective(s.join, self.shapes, self.files)
+        if joined != s.join:
+            kind = config.get("model_type")
+            self.screen.line(f"join             {joined}: {kind} has the rest as one linear already")
+            s = self.settings = replace(s, join=joined)
+        parts = [part for name in self.shapes for part in stored_names(f"{name}.weight", self.files)]
+        missing = [part for part in parts if part not in self.files]
         if missing:
-            raise DBFError(f"{self.source.name} has no weight {missing[0]}.weight: its safetensors are incomplete")
+            raise DBFError(f"{self.source.name} has no weight {missing[0]}: its safetensors are incomplete")
         context = context_length(folder)
         if s.seq_len > context:
             raise DBFError(f"--seq-len {s.seq_len} is more than the model's context of {context} tokens")
@@ -294,6 +302,8 @@ class Job:
         self.claimed |= {"calib": self.calib, "calib_sequences": s.calib_sequences, "seq_len": s.seq_len}
         if not s.importance:
             self.claimed |= {"importance": False}
+        if s.join != NONE:
+            self.claimed |= {"join": s.join}
         self.claimed |= {"blocks": s.blocks, "block_tokens": s.block_tokens}
         self.claimed |= {"block_lr": s.block_lr, "block_sign_lr": s.block_sign_lr, "tune": s.tune}
         if s.tune != "none":
@@ -324,10 +334,10 @@ class Job:
     # --- stages
 
     def load_dense(self):
-        return load_dense(self.source.folder, self.dtype, self.settings.device)
+        return load_dense(self.source.folder, self.dtype, self.settings.device, self.settings.join)
 
     def block_model(self) -> BlockModel:
-        return BlockModel(self.source.folder, self.dtype, self.settings.device)
+        return BlockModel(self.source.folder, self.dtype, self.settings.device, self.settings.join)
 
     def measure_importance(self) -> None:
         if self.work.has("importance.safetensors"):
@@ -344,6 +354,8 @@ class Job:
 
     def _read_curves(self, path: Path) -> dict:
         curves = sensitivity.read(path, self.weights)
+        if curves.keys() - self.shapes.keys():
+            raise DBFError(f"{path} was measured with another --join: --budget adaptive measures with this one")
         if curves.keys() != self.shapes.keys():
             raise DBFError(f"{path} is not finished: go on with the convert that measures it, or --budget adaptive")
         return curves
@@ -462,7 +474,8 @@ class Job:
         (n_out, n_in), k = self.shapes[name], record["k"]
         bits = linear_bits(n_out, n_in, k) / (n_out * n_in)
         error, seconds = record["error"], record["seconds"]
-        self.screen.line(f"{gguf_name(name):<18} k={k:<5} {bits:.2f} bits  err {error:.4f}  {seconds:.1f} s")
+        base = joint_base(name, self.settings.join) or gguf_name(name)
+        self.screen.line(f"{base:<18} k={k:<5} {bits:.2f} bits  err {error:.4f}  {seconds:.1f} s")
 
     def units(self, names: Iterable[str]) -> list[list[str]]:
         """The linears that are factorized together: one by one on a CPU, on other devices equal ones of a block.
@@ -476,9 +489,11 @@ class Job:
         return list(units.values())
 
     def _read_weight(self, name: str) -> torch.Tensor:
-        key = f"{name}.weight"
-        with safe_open(str(self.files[key]), "pt") as f:
-            return f.get_tensor(key)
+        parts = []
+        for key in stored_names(f"{name}.weight", self.files):
+            with safe_open(str(self.files[key]), "pt") as f:
+                parts.append(f.get_tensor(key))
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _factorize_unit(self, names: list[str], weight: Callable, tensors: dict, moment) -> list[tuple]:
         """[(name, factors, error, seconds)] of one unit; weight(name) is [n_out, n_in], moment [n_in, n_in] or None."""

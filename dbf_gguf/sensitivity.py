@@ -30,7 +30,7 @@ from .errors import DBFError
 from .factorize import factorize
 from .factors import BLOCK
 from .loss import kl_divergence
-from .model import block_linears, replace_linear
+from .model import block_linears, put, replace_linear
 from .threads import side_by_side
 
 MEASURED_BITS = (1.0, 2.0)
@@ -97,8 +97,7 @@ def measure(
             replace_linear(student, name, factors, linears[name].weight.dtype)
             total, _ = kl_divergence(hidden(student), reference, head, gradient=False)
         finally:
-            parent, _, child = name.rpartition(".")
-            setattr(student.get_submodule(parent), child, linears[name])
+            put(student, name, linears[name])
             models.put(student)
         effect = max(total / ids.numel(), LEAST_EFFECT)
         ratio = min(smaller.item() / max(error.item(), 1e-30), 0.999)  # a curve that does not fall cannot be ranked

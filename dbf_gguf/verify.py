@@ -6,7 +6,8 @@ looked at further. All violations of the others are collected.
  1. the file is sound GGUF 3: known types, rows of whole blocks, every tensor's bytes inside the file
  2. `dbf.version` is u32 and 1; `dbf.tensor_count` (u32) counts the linears; `dbf.bits_per_weight` (f32) is what they
     take, scales included; `dbf.tool_version`, `dbf.source`, `dbf.settings` are strings, the last one JSON
- 3. each linear has all five of dbf_a, dbf_b, dbf_sa, dbf_sm, dbf_sb, and no dense `<base>.weight` beside them
+ 3. each linear has all five of dbf_a, dbf_b, dbf_sa, dbf_sm, dbf_sb, and no dense `<base>.weight` beside them; a joint
+    one (`attn_qkv`, `ffn_gate_up`) has none of its parts beside it either
  4. dbf_a and dbf_b are matrices of type DBF, the scales vectors of type F16 or F32; type DBF is used for nothing else
  5. the shapes chain: dbf_b [n_in, k], dbf_a [k, n_out], dbf_sb [n_in], dbf_sm [k], dbf_sa [n_out]; n_in and k are
     multiples of 32
@@ -24,6 +25,7 @@ from .checkpoint import WorkFolder
 from .errors import DBFError
 from .factors import BLOCK
 from .gguf_file import BOOL, DBF_TYPE, F32, FORMAT_VERSION, PARTS, SCALES, SIGNS, STRING, TYPE_IDS, U32, GGUFFile
+from .join import JOINS, joint_base
 
 # Architectures whose converter interleaves the two rotary halves of each head of Q and K; a Mistral's file is a llama's
 ROTARY_INTERLEAVED = ("llama", "granite")
@@ -91,6 +93,11 @@ def _check_linear(file: GGUFFile, base: str, parts: dict) -> list[str]:
     found = [f"{base}.{part}: missing" for part in PARTS if part not in parts]
     if f"{base}.weight" in file.tensors:
         found.append(f"{base}.weight: a dense weight beside its factors")
+    block, _, kind = base.rpartition(".")
+    for join in JOINS.values():
+        for part in (f"{block}.{other}" for other in join.bases if kind == join.base):
+            if f"{part}.weight" in file.tensors or part in file.linears():
+                found.append(f"{base}: {part}, whose rows are in it, is in the file too")
     for name in SIGNS:
         if name in parts and (parts[name].type != DBF_TYPE or len(parts[name].ne) != 2):
             found.append(f"{base}.{name}: {parts[name].type_name} {list(parts[name].ne)}, must be a DBF matrix")
@@ -122,7 +129,7 @@ def check_work(file: GGUFFile, work: WorkFolder) -> list[str]:
     linears = file.linears()
     found, expected = [], set()
     for name in work.linears():
-        base = names(name)
+        base = joint_base(name, work.join) or names(name)
         if base not in linears:
             found.append(f"{base or name}: in the work folder, but not in the file")
             continue
@@ -170,17 +177,20 @@ def rotary_rows(file: GGUFFile, base: str) -> np.ndarray | None:
     """
     architecture = file.get("general.architecture")
     kind = base.rpartition(".")[2]
-    if architecture not in ROTARY_INTERLEAVED or kind not in ("attn_q", "attn_k"):
+    if architecture not in ROTARY_INTERLEAVED or kind not in ("attn_q", "attn_k", "attn_qkv"):
         return None
-    n_heads = file.get(f"{architecture}.attention.head_count")
-    if kind == "attn_k":
-        n_heads = file.get(f"{architecture}.attention.head_count_kv", n_heads)
+    n_q = file.get(f"{architecture}.attention.head_count")
+    n_kv = file.get(f"{architecture}.attention.head_count_kv", n_q)
     n_out = file.tensors[f"{base}.dbf_a"].ne[1]
-    if not isinstance(n_heads, int) or n_heads < 1 or n_out % (2 * n_heads):
+    q, k, v = {"attn_q": (1, 0, 0), "attn_k": (0, 1, 0), "attn_qkv": (1, 1, 1)}[kind]
+    known = isinstance(n_q, int) and isinstance(n_kv, int)
+    turned = q * n_q + k * n_kv if known else None  # heads
+    n_heads = turned + v * n_kv if known else None
+    if not known or n_heads < 1 or n_out % (2 * n_heads):
         raise DBFError(f"{file.path}: {base} has {n_out} rows, which {n_heads} heads do not divide")
     half = n_out // n_heads // 2
-    head, pair, which = np.meshgrid(np.arange(n_heads), np.arange(half), np.arange(2), indexing="ij")
-    return (head * 2 * half + which * half + pair).reshape(-1)
+    head, pair, which = np.meshgrid(np.arange(turned), np.arange(half), np.arange(2), indexing="ij")
+    return np.concatenate([(head * 2 * half + which * half + pair).reshape(-1), np.arange(turned * 2 * half, n_out)])
 
 
 def _gguf_names(file: GGUFFile):

@@ -428,7 +428,7 @@ def test_weights_that_are_not_finite(model, text, tmp_path, monkeypatch, capsys)
 def options(**given) -> dict:
     names = "bits calib calib_sequences seq_len iterations tune tune_tokens tune_minutes embedding_type output_type"
     names += " size budget blocks block_tokens block_lr block_sign_lr tune_lr tune_sign_lr threads"
-    others = {"effort": "normal", "importance": True, "threads": None, "seed": 0, "eval_windows": 32}
+    others = {"effort": "normal", "importance": True, "join": "none", "threads": None, "seed": 0, "eval_windows": 32}
     return dict.fromkeys(names.split()) | others | given
 
 
@@ -660,6 +660,39 @@ def test_adaptive_budget(model, text, tmp_path, monkeypatch, capsys, patched_tre
     arguments = ["convert", stranger, "--calib", text, "--bits", "3", "--budget", "mine.json", "-o", "x.gguf"]
     assert "another model" in fails(monkeypatch, capsys, *arguments)
     assert not (tmp_path / "x-work").exists()
+
+
+# --- joined linears
+
+
+def test_joined_linears_with_everything_else(model, text, tmp_path, monkeypatch, capsys):
+    """A size, an adaptive budget, signs trained in blocks and in the whole; another --join is refused afterwards."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(pipeline, "check_convertible", lambda folder, tree: None)  # seconds, and tested above
+    more = "--budget adaptive --blocks signs --tune signs --iterations 3 --size 55000 -o joined.gguf --tune-tokens 8192 --threads 1"
+    arguments = ["convert", model, "--calib", text, *OPTIONS[2:], *more.split()]
+    monkeypatch.setattr(sys, "argv", ["dbf-gguf", *map(str, arguments), "--join", "qkv,gate_up"])
+    cli.main()
+    printed = capsys.readouterr().out
+    assert re.search(r"blk\.0\.attn_qkv +k=", printed) and re.search(r"blk\.1\.ffn_gate_up +k=", printed)
+    work = WorkFolder.open(tmp_path / "joined-work")
+    shapes = pipeline.linear_shapes(model, "qkv,gate_up")
+    assert shapes["model.layers.0.self_attn.qkv_proj"] == (128, 64)
+    assert list(shapes) == list(work.manifest["budget"])
+    assert work.manifest["budget"] != budget.uniform_budget(shapes, work.manifest["settings"]["convert"]["bits"])
+    with GGUFFile(tmp_path / "joined.gguf") as file:
+        assert abs(file.size / 55_000 - 1) < 0.01
+        assert check_format(file) == []
+        assert check_work(file, work) == []
+        assert json.loads(file.get("dbf.settings"))["join"] == "qkv,gate_up"
+    loaded = dbf_gguf.load(work.path)
+    compressed = {name for name, module in loaded.named_modules() if hasattr(module, "signs_a")}
+    assert compressed == set(shapes)
+
+    error = fails(monkeypatch, capsys, *arguments, "--resume", "--join", "qkv")
+    assert "join was qkv,gate_up, now qkv" in error
+    measured = ["--budget", work.path / "budget.json", "-o", "other.gguf"]
+    assert "another --join" in fails(monkeypatch, capsys, *arguments, *measured)
 
 
 def test_help_names_every_option_in_a_group():

@@ -29,7 +29,7 @@ from dbf_gguf.cli import cli
 from dbf_gguf.errors import DBFError
 from dbf_gguf.gguf_file import GGUFFile
 from dbf_gguf.gguf_writer import write_gguf
-from dbf_gguf.model import load_dense
+from dbf_gguf.model import DBFLinear, load_dense
 from dbf_gguf.source import context_length
 from dbf_gguf.verify import check_format, check_work
 
@@ -75,7 +75,16 @@ FAMILIES = {
     "qwen2-yarn": ("Qwen2", dict(tie_word_embeddings=False, rope_parameters=YARN)),
     "qwen3": ("Qwen3", dict(tie_word_embeddings=False, head_dim=32)),
     "phi3": ("Phi3", dict(tie_word_embeddings=True, rope_parameters=LONGROPE) | LONG),
+    "llama-joined": ("Llama", dict(tie_word_embeddings=False, attention_bias=True, mlp_bias=True)),
+    "qwen3-joined": ("Qwen3", dict(tie_word_embeddings=False, head_dim=32)),
 }
+JOINED = {  # --join; phi3 has nothing that could be joined
+    "phi3": "qkv,gate_up",
+    "llama-joined": "qkv,gate_up",
+    "qwen2-yarn": "qkv,gate_up",
+    "qwen3-joined": "qkv",
+}
+N_LINEARS = {"phi3": 4, "llama-joined": 4, "qwen2-yarn": 4, "qwen3-joined": 5}
 TUNED = ("qwen2", "qwen3")
 TUNE = ["--tune", "scales", "--tune-tokens", "20480"]
 BOUND = 1e-2  # nats; the largest difference measured is 4e-3
@@ -180,7 +189,8 @@ def compressed(request, tokenizer, text, tmp_path_factory, llama_bin, one_thread
     made = SimpleNamespace(family=family, model=make_model(family), output=folder / "model.gguf")
     made.folder = save(made.model, folder / "model", tokenizer, "50KB")
     assert len(list(made.folder.glob("*.safetensors"))) > 2
-    made.work = convert(made.folder, made.output, text, *(TUNE if family in TUNED else ["--tune", "none"]))
+    options = [*(TUNE if family in TUNED else ["--tune", "none"]), "--join", JOINED.get(family, "none")]
+    made.work = convert(made.folder, made.output, text, *options)
     made.tokens, made.log_probs = llama_cpp_log_probs(llama_bin, made.output, text, folder)
     return made
 
@@ -188,8 +198,9 @@ def compressed(request, tokenizer, text, tmp_path_factory, llama_bin, one_thread
 def test_file_is_sound(compressed):
     """Also by the verifier, which works out names and the order of Q's and K's rows by itself."""
     work = WorkFolder.open(compressed.work)
-    n_linears = 4 if compressed.family == "phi3" else 7
+    n_linears = N_LINEARS.get(compressed.family, 7)
     tuned_norms = {"qwen2": 5, "qwen3": 9}.get(compressed.family, 0)
+    assert work.join == ("none" if compressed.family == "phi3" else JOINED.get(compressed.family, "none"))
     with GGUFFile(compressed.output) as file:
         assert check_format(file) == []
         assert check_work(file, work) == []
@@ -223,7 +234,8 @@ def defects(model):
             yield f"no {kind}", wrong
     for kind in ("q_proj", "k_proj", "qkv_proj"):
         wrong = copy.deepcopy(model)
-        linears = [module for name, module in wrong.named_modules() if name.endswith(f".{kind}")]
+        named = [module for name, module in wrong.named_modules() if name.endswith(f".{kind}")]
+        linears = [module for module in named if isinstance(module, DBFLinear)]
         for linear in linears:
             halves = torch.arange(len(linear.scale_a)).view(-1, 2, half)
             order = halves.transpose(1, 2).flatten()  # interleaved
@@ -283,8 +295,8 @@ def write_tokenizer(path: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("family", ["mistral", "qwen2", "qwen3"])
-def test_from_gguf(family, tokenizer, text, tmp_path, patched_tree, llama_bin, one_thread, monkeypatch):
+@pytest.mark.parametrize(("family", "join"), [("mistral", "qkv,gate_up"), ("qwen2", "none"), ("qwen3", "none")])
+def test_from_gguf(family, join, tokenizer, text, tmp_path, patched_tree, llama_bin, one_thread, monkeypatch):
     """A GGUF made by llama.cpp's converter, compressed: its folder is the model, and again llama.cpp agrees."""
     model = make_model(family)
     for parameter in model.parameters():
@@ -294,7 +306,7 @@ def test_from_gguf(family, tokenizer, text, tmp_path, patched_tree, llama_bin, o
     options = dict(embedding_type="f16", output_type="f16", llama_cpp=patched_tree)
     write_gguf(dense, folder, work=None, tokenizer_gguf=write_tokenizer(tmp_path / "tokenizer.gguf"), **options)
     monkeypatch.setattr(source, "cache_dir", lambda: tmp_path)
-    work = convert(dense, output, text, "--tune", "none")
+    work = convert(dense, output, text, "--tune", "none", "--join", join)
     tokens, theirs = llama_cpp_log_probs(llama_bin, output, text, tmp_path)
     read = load_dense(source.resolve(str(dense)).folder)
     assert (torch_log_probs(read, tokens) - torch_log_probs(model, tokens)).abs().max() < BOUND

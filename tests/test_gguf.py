@@ -514,6 +514,13 @@ VIOLATIONS = {
     ),
     "x.dbf_sa: 1 values are not finite": lambda m, t: t.update({"x.dbf_sa": (0, [3], INF32 + bytes(8))}),
     "x.weight: a dense weight beside": lambda m, t: t.update({"x.weight": (0, [64, 3], bytes(768))}),
+    "x.attn_qkv: x.attn_k, whose rows are in it": lambda m, t: (
+        t.update({name.replace("x", "x.attn_qkv"): tensor for name, tensor in t.items()}),
+        t.update({"x.attn_k.weight": (0, [64, 1], bytes(256))}),
+    ),
+    "x.ffn_gate_up: x.ffn_up, whose rows are in it": lambda m, t: t.update(
+        {name.replace("x", f"x.{base}"): tensor for base in ("ffn_gate_up", "ffn_up") for name, tensor in t.items()}
+    ),
     "y: of type DBF, but not a part": lambda m, t: t.update({"y": (90, [32], bytes(4))}),
     # these the reader itself refuses
     "tensor x.dbf_b of type DBF has rows of 48": lambda m, t: t.update({"x.dbf_b": (90, [48, 32], bytes(192))}),

@@ -268,6 +268,13 @@ LINEARS = {  # name -> n_in, k, n_out
     "ffn_up": (N_EMBD, 96, N_FF),
     "ffn_down": (N_FF, 96, N_EMBD),
 }
+PARTS = {"attn_qkv": ["attn_q", "attn_k", "attn_v"], "ffn_gate_up": ["ffn_gate", "ffn_up"]}
+JOINT_LINEARS = {
+    "attn_qkv": (N_EMBD, 160, N_EMBD + 2 * N_KV),
+    "attn_output": LINEARS["attn_output"],
+    "ffn_gate_up": (N_EMBD, 128, 2 * N_FF),
+    "ffn_down": LINEARS["ffn_down"],
+}
 
 
 @dataclass
@@ -362,8 +369,11 @@ def meta(patched_tree):
     }
 
 
-def random_model(seed: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The tensors of a model as DBF and multiplied out. Scales are F16 in the even layers and F32 in the odd ones."""
+def random_model(seed: int, linears=LINEARS) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The tensors of a model as DBF and multiplied out. Scales are F16 in the even layers and F32 in the odd ones.
+
+    Joint linears are multiplied out to those that their rows belong to.
+    """
     rng = np.random.default_rng(seed)
     common = {
         "token_embd.weight": f32(rng.normal(size=(N_VOCAB, N_EMBD)) * 0.3),
@@ -373,7 +383,7 @@ def random_model(seed: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     for layer in range(N_LAYER):
         for name in ("attn_norm", "ffn_norm"):
             factored[f"blk.{layer}.{name}.weight"] = dense[f"blk.{layer}.{name}.weight"] = f32(np.ones(N_EMBD))
-        for name, (n_in, k, n_out) in LINEARS.items():
+        for name, (n_in, k, n_out) in linears.items():
             base = f"blk.{layer}.{name}"
             b = rng.choice([-1.0, 1.0], size=(k, n_in))
             a = rng.choice([-1.0, 1.0], size=(n_out, k))
@@ -390,7 +400,11 @@ def random_model(seed: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
             }
             factored |= {f"{base}.{part}": t for part, t in parts.items()}
             sb, sm, sa = (s.astype(np.float64) for s in (sb, sm, sa))
-            dense[f"{base}.weight"] = f32((sa[:, None] * a * sm) @ (b * sb))
+            weight, start = (sa[:, None] * a * sm) @ (b * sb), 0
+            for part in PARTS.get(name, [name]):
+                rows = n_out if part == name else LINEARS[part][2]
+                dense[f"blk.{layer}.{part}.weight"] = f32(weight[start : start + rows])
+                start += rows
     return factored, dense
 
 
@@ -400,12 +414,17 @@ def model():
 
 
 @pytest.fixture(scope="session")
-def files(meta, model, tmp_path_factory):
-    """dbf.gguf and dense.gguf of the same weights, and a text."""
+def joint_model():
+    return random_model(2, JOINT_LINEARS)
+
+
+@pytest.fixture(scope="session")
+def files(meta, model, joint_model, tmp_path_factory):
+    """dbf.gguf and dense.gguf of the same weights, joint-*.gguf with joint linears, and a text."""
     folder = tmp_path_factory.mktemp("models")
-    factored, dense = model
-    write(folder / "dbf.gguf", meta | {"dbf.version": 1}, factored)
-    write(folder / "dense.gguf", meta, dense)
+    for prefix, (factored, dense) in (("", model), ("joint-", joint_model)):
+        write(folder / f"{prefix}dbf.gguf", meta | {"dbf.version": 1}, factored)
+        write(folder / f"{prefix}dense.gguf", meta, dense)
     rng = np.random.default_rng(7)
     words = ["the", "river", "carries", "old", "stones", "past", "seven", "quiet", "mills", "before", "winter", "comes"]
     (folder / "text").write_text(" ".join(rng.choice(words, size=400)))
@@ -421,31 +440,34 @@ def perplexity(llama_bin, model_file, files, *args) -> tuple[float, str]:
     return float(found[1] or found[2]), out
 
 
-def test_dbf_model_computes_what_the_dense_one_does(llama_bin, files, meta, model, tmp_path):
+@pytest.mark.parametrize("joint", [False, True], ids=["separate", "joint"])
+def test_dbf_model_computes_what_the_dense_one_does(joint, llama_bin, files, meta, model, joint_model, tmp_path):
+    """The dense one has seven linears in a block either way, and goes through upstream's code for these."""
+    prefix, (factored, _) = ("joint-", joint_model) if joint else ("", model)
     base = tmp_path / "logits"
-    dense, _ = perplexity(llama_bin, files / "dense.gguf", files, "--kl-divergence-base", base)
+    dense, _ = perplexity(llama_bin, files / f"{prefix}dense.gguf", files, "--kl-divergence-base", base)
 
     def kld(path) -> tuple[float, float]:
         ppl, out = perplexity(llama_bin, path, files, "--kl-divergence-base", base, "--kl-divergence")
         return ppl, float(re.search(r"Mean\s+KLD:\s*(-?[\d.]+)", out)[1])
 
-    ppl, divergence = kld(files / "dbf.gguf")
+    ppl, divergence = kld(files / f"{prefix}dbf.gguf")
     assert ppl == pytest.approx(dense, rel=5e-4)
     assert abs(divergence) < 1e-4
 
     # and the test would notice one wrong vector of one linear
-    wrong = dict(model[0])
-    sa = np.frombuffer(wrong["blk.1.ffn_down.dbf_sa"].data, "<f4")
-    wrong["blk.1.ffn_down.dbf_sa"] = f32(sa[::-1])
+    wrong, vector = dict(factored), "blk.1.ffn_gate_up.dbf_sa" if joint else "blk.1.ffn_down.dbf_sa"
+    wrong[vector] = f32(np.frombuffer(wrong[vector].data, "<f4")[::-1])
     _, divergence = kld(write(tmp_path / "wrong.gguf", meta | {"dbf.version": 1}, wrong))
     assert divergence > 1e-2
 
 
-def test_load_modes_and_batch_sizes_agree(llama_bin, files):
-    ppl, _ = perplexity(llama_bin, files / "dbf.gguf", files)
-    assert perplexity(llama_bin, files / "dbf.gguf", files, "--load-mode", "none")[0] == ppl
-    assert perplexity(llama_bin, files / "dbf.gguf", files, "-ub", 1)[0] == pytest.approx(ppl, rel=1e-3)
-    assert perplexity(llama_bin, files / "dbf.gguf", files, "-t", 3)[0] == pytest.approx(ppl, rel=1e-6)
+@pytest.mark.parametrize("name", ["dbf.gguf", "joint-dbf.gguf"])
+def test_load_modes_and_batch_sizes_agree(name, llama_bin, files):
+    ppl, _ = perplexity(llama_bin, files / name, files)
+    assert perplexity(llama_bin, files / name, files, "--load-mode", "none")[0] == ppl
+    assert perplexity(llama_bin, files / name, files, "-ub", 1)[0] == pytest.approx(ppl, rel=1e-3)
+    assert perplexity(llama_bin, files / name, files, "-t", 3)[0] == pytest.approx(ppl, rel=1e-6)
 
 
 def test_bench_names_the_type_and_the_size(llama_bin, files, model):
@@ -460,7 +482,13 @@ def test_bench_names_the_type_and_the_size(llama_bin, files, model):
     assert dbf["avg_ts"] > 0
 
 
-def test_lora_works_on_top(llama_bin, files, tmp_path):
+@pytest.mark.parametrize(
+    ("prefix", "names"),
+    [("", ["attn_q", "ffn_down"]), ("joint-", ["attn_q"]), ("joint-", ["attn_v", "ffn_gate"]), ("joint-", ["ffn_up"])],
+    ids=str,
+)
+def test_lora_works_on_top(prefix, names, llama_bin, files, tmp_path):
+    """Of adapters for the separate linears too where their factors are joint."""
     rng = np.random.default_rng(3)
     adapter = {
         "general.architecture": "llama",
@@ -469,14 +497,14 @@ def test_lora_works_on_top(llama_bin, files, tmp_path):
         "adapter.lora.alpha": 4.0,
     }
     tensors = {}
-    for name in ("attn_q", "ffn_down"):
+    for name in names:
         n_in, _, n_out = LINEARS[name]
         tensors[f"blk.1.{name}.weight.lora_a"] = f32(rng.normal(size=(4, n_in)))
         tensors[f"blk.1.{name}.weight.lora_b"] = f32(rng.normal(size=(n_out, 4)))
     lora = ("--lora", write(tmp_path / "lora.gguf", adapter, tensors))
-    plain, _ = perplexity(llama_bin, files / "dbf.gguf", files)
-    dbf, _ = perplexity(llama_bin, files / "dbf.gguf", files, *lora)
-    dense, _ = perplexity(llama_bin, files / "dense.gguf", files, *lora)
+    plain, _ = perplexity(llama_bin, files / f"{prefix}dbf.gguf", files)
+    dbf, _ = perplexity(llama_bin, files / f"{prefix}dbf.gguf", files, *lora)
+    dense, _ = perplexity(llama_bin, files / f"{prefix}dense.gguf", files, *lora)
     assert dbf == pytest.approx(dense, rel=1e-3)
     assert abs(dbf / plain - 1) > 1e-2
 
@@ -595,6 +623,52 @@ MALFORMED = {
         "not a plain linear layer",
     ),
 }
+
+
+def separate(name: str):
+    """Adds one of the linears whose rows a joint one holds."""
+
+    def edit(meta, tensors):
+        n_in, k, n_out = LINEARS[name]
+        tensors |= {f"blk.0.{name}.dbf_b": random_signs(k, n_in), f"blk.0.{name}.dbf_a": random_signs(n_out, k)}
+        tensors |= {f"blk.0.{name}.dbf_s{c}": f32(np.ones(n)) for c, n in zip("bma", LINEARS[name], strict=True)}
+
+    return edit
+
+
+QKV, GATE_UP = "blk.0.attn_qkv", "blk.0.ffn_gate_up"
+MALFORMED_JOINT = {
+    "no sm": (missing(f"{GATE_UP}.dbf_sm"), f"{GATE_UP}.dbf_sm", "is missing"),
+    "factors of k beside": (separate("attn_k"), f"{QKV}.dbf_b", "the file also has 'blk.0.attn_k'"),
+    "weight of up beside": (
+        lambda meta, t: t.update({"blk.0.ffn_up.weight": f32(np.ones((N_FF, N_EMBD)))}),
+        f"{GATE_UP}.dbf_b",
+        "the file also has 'blk.0.ffn_up'",
+    ),
+    "gate alone": (
+        lambda meta, t: t.update(
+            {f"{GATE_UP}.dbf_a": random_signs(N_FF, 128), f"{GATE_UP}.dbf_sa": f32(np.ones(N_FF))}
+        ),
+        f"{GATE_UP}.dbf_a",
+        "the architecture's n_out",
+    ),
+    "q and k alone": (
+        lambda meta, t: t.update({f"{QKV}.dbf_a": random_signs(96, 160), f"{QKV}.dbf_sa": f32(np.ones(96))}),
+        f"{QKV}.dbf_a",
+        "the architecture's n_out",
+    ),
+    "NaN": (put(f"{GATE_UP}.dbf_sb", poke(5, np.nan, "<f2")), f"{GATE_UP}.dbf_sb", "scale 5 is not finite"),
+}
+
+
+@pytest.mark.parametrize("case", MALFORMED_JOINT)
+def test_malformed_file_with_joint_linears_is_refused(case, llama_bin, files, meta, joint_model, tmp_path):
+    edit, tensor, reason = MALFORMED_JOINT[case]
+    tensors = dict(joint_model[0])
+    edit(meta, tensors)
+    path = write(tmp_path / "bad.gguf", meta | {"dbf.version": 1}, tensors)
+    result = run(llama_bin / "llama-perplexity", "-m", path, "-f", files / "text", "-c", 64, "-t", 1)
+    check_refusal(result, tensor, reason)
 
 
 @pytest.mark.parametrize("case", MALFORMED)

@@ -9,6 +9,7 @@ from pathlib import Path
 import click
 
 from ..errors import DBFError
+from ..join import CHOICES, NONE
 
 GROUPS = {
     "Basic": ("bits", "size", "effort", "output", "work", "resume"),
@@ -17,7 +18,7 @@ GROUPS = {
     "Tuning of the whole": ("tune", "tune_tokens", "tune_minutes", "tune_lr", "tune_sign_lr"),
     "File": ("embedding_type", "output_type"),
     "Resources": ("threads", "device"),
-    "Advanced": ("budget", "iterations", "seed", "eval_windows"),
+    "Advanced": ("join", "budget", "iterations", "seed", "eval_windows"),
 }
 
 
@@ -95,6 +96,13 @@ Example:
 @click.option("--output-type", help="GGUF type of the output head, where it is not tied to the embeddings.")
 @click.option("--threads", type=click.IntRange(1), help="CPU threads of each process.  [default: all cores, divided]")
 @click.option("--device", help="cpu, cuda, cuda:1, mps.  [default: cuda where torch finds it, else cpu]")
+@click.option(
+    "--join",
+    type=click.Choice(CHOICES),
+    default=NONE,
+    show_default=True,
+    help="Linears that read the same input, compressed and computed as one: q, k and v; gate and up.",
+)
 @click.option(
     "--budget",
     help="Bits of each linear: `uniform`, `adaptive` to what compressing it does to the model's output, or the "
@@ -218,6 +226,7 @@ def resolve_settings(source, device: str, options: dict):
     return Settings(
         bits=chosen("bits", recipe.bits) if options["size"] is None else None,
         size=options["size"],
+        join=options["join"],
         budget=chosen("budget", effort.budget),
         calib=chosen("calib", recipe.calib),
         calib_sequences=chosen("calib_sequences", recipe.calib_sequences),

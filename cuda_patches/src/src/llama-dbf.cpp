@@ -1,5 +1,7 @@
 #include "llama-dbf.h"
 
+#include "llama-adapter.h"
+#include "llama-hparams.h"
 #include "llama-impl.h"
 #include "llama-model-loader.h"
 
@@ -18,6 +20,16 @@ static const uint32_t LLAMA_DBF_VERSION = 1;
 enum { DBF_B, DBF_A, DBF_SB, DBF_SM, DBF_SA, DBF_COUNT };
 
 static const char * const DBF_SUFFIX[DBF_COUNT] = { "dbf_b", "dbf_a", "dbf_sb", "dbf_sm", "dbf_sa" };
+
+// linears whose factors may be joint: the rows of the base are those of its parts, in this order
+struct dbf_join {
+    const char * base;
+    std::vector<const char *> parts;
+};
+static const dbf_join DBF_JOINS[] = {
+    { "attn_qkv",    { "attn_q", "attn_k", "attn_v" } },
+    { "ffn_gate_up", { "ffn_gate", "ffn_up" } },
+};
 
 [[noreturn]] static void dbf_refuse(const std::string & tensor, const std::string & reason) {
     throw std::runtime_error("DBF tensor '" + tensor + "': " + reason);
@@ -102,6 +114,18 @@ void llama_dbf_check_file(llama_model_loader & ml) {
         if (ml.get_tensor_meta((base + ".weight").c_str()) != nullptr) {
             dbf_refuse(base + "." + DBF_SUFFIX[DBF_B], "the file also has '" + base + ".weight'");
         }
+        const size_t dot = base.rfind('.') + 1;
+        for (const auto & join : DBF_JOINS) {
+            if (base.compare(dot, std::string::npos, join.base) != 0) {
+                continue;
+            }
+            for (const char * kind : join.parts) {
+                const std::string part = base.substr(0, dot) + kind;
+                if (bases.count(part) > 0 || ml.get_tensor_meta((part + ".weight").c_str()) != nullptr) {
+                    dbf_refuse(base + "." + DBF_SUFFIX[DBF_B], "the file also has '" + part + "', whose rows are in it");
+                }
+            }
+        }
 
         const int64_t n_in  = t[DBF_B]->ne[0];
         const int64_t k     = t[DBF_B]->ne[1];
@@ -145,12 +169,52 @@ ggml_tensor * llama_dbf_mul_mat(ggml_context * ctx, ggml_tensor * w, ggml_tensor
     if (w->src[DBF_B] == nullptr || w->src[DBF_B]->type != GGML_TYPE_DBF) {
         return ggml_mul_mat(ctx, w, cur);
     }
-    return ggml_dbf_mul_mat(ctx, w->src[DBF_B], w->src[DBF_A], w->src[DBF_SB], w->src[DBF_SM], w->src[DBF_SA], cur);
+    ggml_tensor * A = w->src[DBF_A];
+
+    ggml_tensor * joint = nullptr;
+    if (w->ne[1] < A->ne[1]) {
+        // Has another part been multiplied with this input? What reads an input lies behind it in its context. Looking there
+        // needs no memory between graphs, which would have to be right in every thread and for every context.
+        const char * begin = (const char *) ggml_get_mem_buffer(ctx);
+        const bool   is_in = (const char *) cur >= begin && (const char *) cur < begin + ggml_get_mem_size(ctx);
+        for (ggml_tensor * t = is_in ? cur : ggml_get_first_tensor(ctx); t && !joint; t = ggml_get_next_tensor(ctx, t)) {
+            if (t->op == GGML_OP_DBF_MUL_MAT && t->src[0] == A && t->src[1] == cur) {
+                joint = t;
+            }
+        }
+    }
+    if (joint == nullptr) {
+        joint = ggml_dbf_mul_mat(ctx, w->src[DBF_B], A, w->src[DBF_SB], w->src[DBF_SM], w->src[DBF_SA], cur);
+    }
+    if (w->ne[1] == A->ne[1]) {
+        return joint;
+    }
+    return ggml_view_4d(ctx, joint, w->ne[1], joint->ne[1], joint->ne[2], joint->ne[3],
+            joint->nb[1], joint->nb[2], joint->nb[3], w->op_params[0]*joint->nb[0]);
+}
+
+ggml_tensor * llama_dbf_add_part_loras(
+        ggml_context * ctx, ggml_tensor * w, ggml_tensor * cur, llama_adapter_lora & lora, float adapter_scale, ggml_tensor * res) {
+    if (w->src[DBF_B] == nullptr || w->src[DBF_B]->type != GGML_TYPE_DBF) {
+        return res;
+    }
+    for (int i = DBF_COUNT; i < GGML_MAX_SRC && w->src[i] != nullptr; ++i) {
+        const ggml_tensor * part = w->src[i];
+        llama_adapter_lora_weight * lw = lora.get_weight(w->src[i]);
+        if (lw == nullptr) {
+            continue;
+        }
+        ggml_tensor * delta = ggml_mul_mat(ctx, lw->b, ggml_mul_mat(ctx, lw->a, cur));
+        delta = ggml_scale(ctx, delta, lw->get_scale(lora.alpha, adapter_scale));
+        res = ggml_acc(ctx, res, delta, res->nb[1], res->nb[2], res->nb[3], part->op_params[0]*res->nb[0]);
+    }
+    return res;
 }
 
 bool llama_dbf_proxies::create(
         const llama_model_loader & ml,
         const llama_model_params & params,
+        const llama_hparams & hparams,
         const LLM_TN_IMPL & tn,
         const std::initializer_list<int64_t> & ne,
         const create_fn & create,
@@ -160,14 +224,24 @@ bool llama_dbf_proxies::create(
         return false;
     }
 
+    const auto has_factors = [&](llm_tensor t) {
+        return ml.get_tensor_meta(LLM_TN_IMPL(tn.arch, t, DBF_SUFFIX[DBF_A], tn.bid, tn.xid).str().c_str()) != nullptr;
+    };
+    llm_tensor stored = tn.tensor; // the linear whose factors the file has
+    int        n_parts = 1;
+    if (!has_factors(stored) && (tn.tensor == LLM_TENSOR_FFN_GATE || tn.tensor == LLM_TENSOR_FFN_UP)) {
+        stored  = LLM_TENSOR_FFN_GATE_UP;
+        n_parts = 2;
+    }
+    if (!has_factors(stored)) {
+        return false;
+    }
+
     const auto sub = [&](int i) {
-        return LLM_TN_IMPL(tn.arch, tn.tensor, DBF_SUFFIX[i], tn.bid, tn.xid);
+        return LLM_TN_IMPL(tn.arch, stored, DBF_SUFFIX[i], tn.bid, tn.xid);
     };
     const ggml_tensor * B = ml.get_tensor_meta(sub(DBF_B).str().c_str());
     const ggml_tensor * A = ml.get_tensor_meta(sub(DBF_A).str().c_str());
-    if (A == nullptr || B == nullptr) {
-        return false;
-    }
 
     if (ne.size() != 2 || llm_tensor_info_for(tn.tensor).op != GGML_OP_MUL_MAT) {
         dbf_refuse(A->name, "'" + tn.str() + "' is not a plain linear layer in this architecture");
@@ -177,25 +251,49 @@ bool llama_dbf_proxies::create(
         dbf_refuse(A->name, "split mode 'tensor' is not supported, use 'layer'");
     }
 
-    const int64_t n_in  = ne.begin()[0];
-    const int64_t n_out = ne.begin()[1];
-    const int64_t k     = B->ne[1];
+    const int64_t n_in   = ne.begin()[0];
+    const int64_t n_rows = ne.begin()[1];
+    const int64_t n_out  = n_rows*n_parts;
+    const int64_t k      = B->ne[1];
     dbf_check_shape(B, n_in, k,     "the architecture's n_in");
     dbf_check_shape(A, k,    n_out, "the architecture's n_out");
 
-    ggml_tensor * src[DBF_COUNT] = {
-        create(sub(DBF_B),  { n_in, k }),
-        create(sub(DBF_A),  { k, n_out }),
-        create(sub(DBF_SB), { n_in }),
-        create(sub(DBF_SM), { k }),
-        create(sub(DBF_SA), { n_out }),
-    };
-    for (const ggml_tensor * s : src) {
-        if (s == nullptr) { // TENSOR_SKIP: counted as seen, not loaded
-            return true;
-        }
+    // once for all parts: a tensor of the file is created once
+    const auto [it, is_new] = created.emplace(LLM_TN_IMPL(tn.arch, stored, nullptr, tn.bid, tn.xid).str(), factors());
+    factors & f = it->second;
+    if (is_new) {
+        f = {
+            create(sub(DBF_B),  { n_in, k }),
+            create(sub(DBF_A),  { k, n_out }),
+            create(sub(DBF_SB), { n_in }),
+            create(sub(DBF_SM), { k }),
+            create(sub(DBF_SA), { n_out }),
+        };
+    }
+    if (std::find(f.begin(), f.end(), nullptr) != f.end()) { // TENSOR_SKIP: counted as seen, not loaded
+        return true;
     }
 
+    result = add_proxy(tn.str(), f, tn.tensor == LLM_TENSOR_FFN_UP ? n_out - n_rows : 0, n_rows);
+
+    if (stored == LLM_TENSOR_ATTN_QKV) {
+        // q, k and v by their names, for adapters
+        const int64_t n_k = hparams.n_embd_k_gqa(tn.bid);
+        const int64_t n_v = hparams.n_embd_v_gqa(tn.bid);
+        const int64_t n_q = (int64_t) hparams.n_head(tn.bid)*hparams.n_embd_head_k(tn.bid);
+        if (n_q + n_k + n_v == n_out) {
+            int64_t row = 0;
+            int i = DBF_COUNT;
+            for (const auto & [part, n] : { std::pair(LLM_TENSOR_ATTN_Q, n_q), std::pair(LLM_TENSOR_ATTN_K, n_k), std::pair(LLM_TENSOR_ATTN_V, n_v) }) {
+                result->src[i++] = add_proxy(LLM_TN_IMPL(tn.arch, part, tn.suffix, tn.bid, tn.xid).str(), f, row, n);
+                row += n;
+            }
+        }
+    }
+    return true;
+}
+
+ggml_tensor * llama_dbf_proxies::add_proxy(const std::string & name, const factors & f, int64_t row, int64_t n_rows) {
     ggml_init_params ctx_params = {
         /*.mem_size   =*/ ggml_tensor_overhead(),
         /*.mem_buffer =*/ nullptr,
@@ -206,19 +304,17 @@ bool llama_dbf_proxies::create(
         throw std::runtime_error("failed to create ggml context");
     }
 
-    ggml_tensor * proxy = ggml_new_tensor_2d(ctxs.back().get(), GGML_TYPE_F32, n_in, n_out);
-    ggml_set_name(proxy, tn.str().c_str());
-    for (int i = 0; i < DBF_COUNT; ++i) {
-        proxy->src[i] = src[i];
-    }
+    ggml_tensor * proxy = ggml_new_tensor_2d(ctxs.back().get(), GGML_TYPE_F32, f[DBF_B]->ne[0], n_rows);
+    ggml_set_name(proxy, name.c_str());
+    std::copy(f.begin(), f.end(), proxy->src);
+    proxy->op_params[0] = (int32_t) row; // its first row in A
     // Poison: an architecture that bypasses build_lora_mm() must fail an assertion instead of computing with nothing.
     // ne[3] stops ggml_mul_mat() and ggml_get_rows(), the empty strides stop views. Nobody else reads them.
     proxy->ne[3] = 2;
     std::fill(proxy->nb, proxy->nb + GGML_MAX_DIMS, 0);
 
     proxies.push_back(proxy);
-    result = proxy;
-    return true;
+    return proxy;
 }
 
 static void dbf_check_finite(const ggml_tensor * s) {
@@ -241,10 +337,14 @@ static void dbf_check_finite(const ggml_tensor * s) {
 }
 
 void llama_dbf_proxies::finalize(std::vector<std::pair<std::string, ggml_tensor *>> & tensors_by_name) {
-    for (ggml_tensor * proxy : proxies) {
+    for (const auto & [base, f] : created) {
         for (int i : { DBF_SB, DBF_SM, DBF_SA }) {
-            dbf_check_finite(proxy->src[i]);
+            if (f[i] != nullptr) {
+                dbf_check_finite(f[i]);
+            }
         }
+    }
+    for (ggml_tensor * proxy : proxies) {
         proxy->buffer = proxy->src[DBF_A]->buffer; // tells a LoRA adapter where to put its own factors
         tensors_by_name.emplace_back(proxy->name, proxy);
     }
