@@ -669,7 +669,8 @@ def test_joined_linears_with_everything_else(model, text, tmp_path, monkeypatch,
     """A size, an adaptive budget, signs trained in blocks and in the whole; another --join is refused afterwards."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(pipeline, "check_convertible", lambda folder, tree: None)  # seconds, and tested above
-    more = "--budget adaptive --blocks signs --tune signs --iterations 3 --size 55000 -o joined.gguf --tune-tokens 8192 --threads 1"
+    more = "--budget adaptive --blocks signs --tune signs --iterations 3 --size 55000 -o joined.gguf"
+    more += " --tune-tokens 8192 --threads 1"
     arguments = ["convert", model, "--calib", text, *OPTIONS[2:], *more.split()]
     monkeypatch.setattr(sys, "argv", ["dbf-gguf", *map(str, arguments), "--join", "qkv,gate_up"])
     cli.main()

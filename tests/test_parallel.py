@@ -150,8 +150,8 @@ def test_whole_convert(pair, model, text, tmp_path, monkeypatch, capsys):  # noq
     """Sound, said once, and as good as that of one process.
 
     Importance is the same but for rounding. Factorization makes much of such a difference: what it comes to are other
-    signs, as another seed would give. Their errors are within 10 %, and the whole model's held-out KL within 5 %: another
-    seed moves that by 3 %, and so does rounding where products are in float32.
+    signs, as another seed would give. Their errors are within 10 %, and the whole model's held-out KL within 5 %:
+    another seed moves that by 3 %, and so does rounding where products are in float32.
     """
     output, folder, printed = pair
     with GGUFFile(output) as file:
