@@ -205,23 +205,17 @@ class Backend:
         (entry,) = (e for e in self._commands if e["file"].endswith(f"ggml/src/ggml-cuda/{source}"))
         return shlex.split(entry["command"])
 
-    def compile(self, source: str, *flags: str, arch: int | None = None) -> tuple[Path, str]:
-        """The object file and what the compiler had to say; made once. Raises DBFError when it does not compile.
-
-        arch  one architecture, instead of all
-        """
-        name = " ".join([source, *flags, str(arch)])
-        if name not in self._done:
+    def compile(self, source: str) -> tuple[Path, str]:
+        """The object file and what the compiler had to say; made once. Raises DBFError when it does not compile."""
+        if source not in self._done:
             command = self.command(source)
-            if arch is not None:
-                command = [c for c in command if not c.startswith("--generate-code") or f"=compute_{arch}" in c]
-            target = self.folder / f"{len(self._done)}-{source}.o"
+            target = self.folder / f"{source}.o"
             command[command.index("-o") + 1] = str(target)
-            run = subprocess.run([*command, *flags, "--threads", "2"], cwd=self.folder, capture_output=True, text=True)
+            run = subprocess.run([*command, "--threads", "2"], cwd=self.folder, capture_output=True, text=True)
             if run.returncode != 0:
                 raise DBFError(f"{source} does not compile: {run.stderr[-5000:]}")
-            self._done[name] = target, run.stderr
-        return self._done[name]
+            self._done[source] = target, run.stderr
+        return self._done[source]
 
 
 if __name__ == "__main__":
