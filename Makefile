@@ -1,8 +1,9 @@
 # make demo    compress SmolLM2-135M to 2 bits, let it write, measure its perplexity against F16 (bench/demo.py)
 # make test    lint and tests, with the patched llama.cpp that they need
+# make cuda-link    compile and link ggml-cuda with nvcc from PyPI, no GPU (tests/cuda/link.py: half an hour of a core)
 #
-# Both first make a virtual environment in .venv and build the patched llama.cpp in the cache; the second time both are
-# there. Needs Python >= 3.10 with venv, a C++ compiler, cmake and make.
+# All first make a virtual environment in .venv, and the first two build the patched llama.cpp in the cache; the second
+# time both are there. Needs Python >= 3.10 with venv, a C++ compiler, cmake and make.
 #
 # Variables:
 #   PYTHON   the Python that makes .venv                                              make test PYTHON=python3.12
@@ -20,7 +21,7 @@ PY := $(VENV)/bin/python
 READY := $(VENV)/.ready-$(shell (cat pyproject.toml; pwd) | cksum | cut -d' ' -f1)
 IS_READY = [ -e $(READY) ] && $(PY) -c '' 2>/dev/null
 
-.PHONY: demo test setup check-tools clean
+.PHONY: demo test cuda-link setup check-tools clean
 
 demo: setup
 	@$(PY) -m dbf_gguf build
@@ -30,6 +31,9 @@ test: setup
 	@$(PY) -m ruff check .
 	@$(PY) -m dbf_gguf build
 	@$(PY) -m pytest
+
+cuda-link: setup
+	@$(PY) tests/cuda/link.py
 
 # One line that names all that is missing.
 check-tools:

@@ -11,10 +11,11 @@ overflows, and the logits of two programs that run the file can be compared. Eve
 these types, hence a block is random bytes with a scale at the right place (BLOCKS). The tokenizer is of SentencePiece's
 kind and knows single characters and pairs of letters, enough for any text to be read.
 
-The file is written front to back, one pool of random blocks at a time, so memory stays at some 100 MB.
+The file is written front to back from one pool of random blocks, so memory does not grow with the model.
 """
 
 import argparse
+import contextlib
 import json
 import math
 import os
@@ -47,7 +48,7 @@ BLOCKS = {
     "Q4_0": ({0: 1.0}, 4.6),
     "Q6_K": ({208: 1.0}, 1370.0),
     "Q2_K": ({80: 1.0, 82: 1.5}, 13.9),  # a minimum of 1.5 scales puts the mean at zero
-    "IQ2_XXS": ({0: 1.0}, 44.0),
+    "IQ2_XXS": ({0: 1.0}, 53.4),
     "IQ1_S": ({0: 1.0}, 7.4),
     "Q1_0": ({0: 1.0}, 1.0),
 }
@@ -73,9 +74,19 @@ class Shape:
     def head_dim(self) -> int:
         return self.n_embd // self.n_head
 
-    def linears(self) -> dict[str, tuple[int, int]]:
-        """Of one block: name -> (n_out, n_in), in the order in which `convert` goes through them."""
+    def linears(self, join: bool = False) -> dict[str, tuple[int, int]]:
+        """Of one block: name -> (n_out, n_in), in the order in which `convert` goes through them.
+
+        join  as with `convert --join qkv,gate_up`, where those that read the same input are one linear
+        """
         n_kv = self.n_head_kv * self.head_dim
+        if join:
+            return {
+                "attn_qkv": (self.n_embd + 2 * n_kv, self.n_embd),
+                "attn_output": (self.n_embd, self.n_embd),
+                "ffn_gate_up": (2 * self.n_ff, self.n_embd),
+                "ffn_down": (self.n_embd, self.n_ff),
+            }
         return {
             "attn_q": (self.n_embd, self.n_embd),
             "attn_k": (n_kv, self.n_embd),
@@ -86,8 +97,8 @@ class Shape:
             "ffn_down": (self.n_embd, self.n_ff),
         }
 
-    def all_linears(self) -> dict[str, tuple[int, int]]:
-        return {f"blk.{i}.{name}": shape for i in range(self.n_layer) for name, shape in self.linears().items()}
+    def all_linears(self, join: bool = False) -> dict[str, tuple[int, int]]:
+        return {f"blk.{i}.{name}": shape for i in range(self.n_layer) for name, shape in self.linears(join).items()}
 
 
 SHAPES = {
@@ -115,15 +126,13 @@ def find_shape(model: str) -> Shape:
         config = json.loads(path.read_text(encoding="utf-8"))
         if config["model_type"] not in ("llama", "mistral"):
             raise DBFError(f"{path} is of a {config['model_type']}: only a llama's or mistral's shape can be written")
-        n_head = config["num_attention_heads"]
+        keys = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
+        sizes = [config[key] for key in (*keys, "num_hidden_layers", "vocab_size")]
+        if not all(isinstance(size, int) and size > 0 for size in sizes):
+            raise ValueError(f"sizes {sizes}")
         shape = Shape(
             path.resolve().parent.name,
-            config["hidden_size"],
-            config["intermediate_size"],
-            n_head,
-            config.get("num_key_value_heads") or n_head,
-            config["num_hidden_layers"],
-            config["vocab_size"],
+            *sizes,
             config.get("max_position_embeddings", 4096),
             config.get("rope_theta") or 10000.0,
             config.get("rms_norm_eps", 1e-5),
@@ -170,17 +179,25 @@ class Plan:
         return math.prod(self.ne) // block * block_bytes
 
 
-def plans(shape: Shape, kind: str, bits: float | None, embedding_type: str, output_type: str) -> list[Plan]:
-    """All tensors of a model in the order of the file."""
+def plans(
+    shape: Shape,
+    kind: str,
+    bits: float | None = None,
+    *,
+    join: bool = False,
+    embedding_type: str = "Q6_K",
+    output_type: str = "Q6_K",
+) -> list[Plan]:
+    """All tensors of a model in the order of the file; `write` says what the arguments are."""
     n_embd = shape.n_embd
     result = [Plan("token_embd.weight", embedding_type, (n_embd, shape.n_vocab), 1.0)]
     result.append(Plan("output_norm.weight", "F32", (n_embd,), 1.0))
     result.append(Plan("output.weight", output_type, (n_embd, shape.n_vocab), LOGITS / math.sqrt(n_embd)))
-    ks = uniform_budget(shape.all_linears(), bits) if kind == "DBF" else {}
+    ks = uniform_budget(shape.all_linears(join), bits) if kind == "DBF" else {}
     for i in range(shape.n_layer):
         for name in ("attn_norm", "ffn_norm"):
             result.append(Plan(f"blk.{i}.{name}.weight", "F32", (n_embd,), 1.0))
-        for name, (n_out, n_in) in shape.linears().items():
+        for name, (n_out, n_in) in shape.linears(join).items():
             base = f"blk.{i}.{name}"
             if kind != "DBF":
                 result.append(Plan(f"{base}.weight", kind, (n_in, n_out), 1 / math.sqrt(n_in)))
@@ -260,7 +277,7 @@ def _array(item: int, values: list) -> bytes:
     return head + np.array(values, {F32: "<f4", I32: "<i4"}[item]).tobytes()
 
 
-def metadata(shape: Shape, kind: str, bits: float | None) -> dict[str, bytes]:
+def metadata(shape: Shape, kind: str, bits: float | None, join: bool) -> dict[str, bytes]:
     vocabulary = tokens(shape.n_vocab)
     numbers = {
         "context_length": shape.n_ctx,
@@ -284,7 +301,7 @@ def metadata(shape: Shape, kind: str, bits: float | None) -> dict[str, bytes]:
         "tokenizer.ggml.token_type": _array(I32, [kind for _, _, kind in vocabulary]),
     }
     if kind == "DBF":
-        shapes = shape.all_linears()
+        shapes = shape.all_linears(join)
         achieved = bits_per_weight(shapes, uniform_budget(shapes, bits))
         result |= {
             "dbf.version": _value(U32, FORMAT_VERSION),
@@ -307,16 +324,20 @@ def write(
     kind: str,
     bits: float | None = None,
     *,
+    join: bool = False,
     embedding_type: str = "Q6_K",
     output_type: str = "Q6_K",
     seed: int = 0,
 ) -> int:
     """Writes a model whose linears are of type `kind`, DBF with `bits` a weight; returns the bytes of the file.
 
+    join  DBF linears that read the same input share their factors
+
     The file has its name when it is complete. Raises DBFError when a type does not fit the shape or the disk is full.
     """
-    everything = plans(shape, kind, bits, embedding_type, output_type)
-    entries = metadata(shape, kind, bits)
+    others = {"embedding_type": embedding_type, "output_type": output_type}
+    everything = plans(shape, kind, bits, join=join, **others)
+    entries = metadata(shape, kind, bits, join)
     head = struct.pack("<4sIQQ", b"GGUF", 3, len(everything), len(entries))
     head += b"".join(_string(key) + value for key, value in entries.items())
     offset = 0
@@ -342,7 +363,8 @@ def write(
     except OSError as error:
         raise DBFError(f"cannot write {path}: {error.strerror or error}") from None
     finally:
-        part.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            part.unlink()
     return path.stat().st_size
 
 
@@ -355,6 +377,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("-o", "--output", type=Path, required=True, help="the GGUF file")
     parser.add_argument("--type", type=str.upper, choices=TYPES, default="DBF", help="of the linears (default: DBF)")
     parser.add_argument("--bits", type=float, default=2.0, help="of DBF, a weight (default: %(default)s)")
+    parser.add_argument("--join", action="store_true", help="of DBF: as with convert --join qkv,gate_up")
     parser.add_argument("--layers", type=int, help="blocks (default: all)")
     others = [name for name in TYPES if name != "DBF"]
     for part in ("embedding", "output"):
@@ -368,7 +391,8 @@ def main(argv: list[str]) -> int:
                 raise DBFError(f"a model of {arguments.layers} layers cannot be written")
             shape = replace(shape, n_layer=arguments.layers)
         types = {"embedding_type": arguments.embedding_type, "output_type": arguments.output_type}
-        size = write(arguments.output, shape, arguments.type, arguments.bits, **types, seed=arguments.seed)
+        types |= {"join": arguments.join, "seed": arguments.seed}
+        size = write(arguments.output, shape, arguments.type, arguments.bits, **types)
     except DBFError as error:
         print(f"bench/synthetic.py: {error}", file=sys.stderr)
         return 1

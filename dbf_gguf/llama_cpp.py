@@ -31,7 +31,7 @@ from pathlib import Path
 
 from . import fetch
 from .errors import DBFError
-from .machine import available_cpus, available_memory
+from .machine import available_cpus, available_memory, cuda_capabilities
 from .paths import cache_dir, data_dir
 
 if sys.version_info >= (3, 11):
@@ -373,6 +373,43 @@ def check_tools(cuda: bool = False) -> None:
         raise DBFError(f"cannot build llama.cpp, missing: {', '.join(missing)} ({'; '.join(hints)})")
 
 
+def cuda_architectures(given: str | None = None) -> str:
+    """What the CUDA backend is compiled for, as cmake writes it: "86-real;89-real".
+
+    given  "86,89", or cmake's own words ("89-real;90-virtual"); None takes the cards of this machine
+
+    Each architecture takes a core half an hour, so all of them would be a poor default. cmake's "native" is not used:
+    without a card it becomes nvcc's oldest architecture with a mere warning, and cmake before 3.24 lacks it.
+
+    Raises DBFError when `given` makes no sense, when there is no card to go by, or when nvcc is too new or too old.
+    """
+    if given is None:
+        names = [f"{capability}-real" for capability in cuda_capabilities()]
+        if not names:
+            raise DBFError("no NVIDIA card is visible: name its architecture, for example --cuda-arch 89 for RTX 40xx")
+    else:
+        names = [name.strip() for name in re.split("[,;]", given)]
+        for name in names:
+            if not re.fullmatch(r"\d{2,3}[af]?(-real|-virtual)?", name):
+                raise DBFError(f"--cuda-arch: {name!r} is no architecture; a list looks like 86,89,120")
+        # machine code alone, unless asked otherwise: PTX would be for cards that are newer than all of these
+        names = [name if "-" in name else f"{name}-real" for name in names]
+    known = sorted(map(int, _nvcc_says("--list-gpu-code", pattern=r"^sm_(\d+)$")))
+    for name in names:
+        if (number := int(re.match(r"\d+", name)[0])) not in known:
+            raise DBFError(f"{_nvcc()} knows sm_{known[0]} to sm_{known[-1]} but no sm_{number}: another CUDA toolkit?")
+    return ";".join(names)
+
+
+def _nvcc_says(*arguments: str, pattern: str) -> list[str]:
+    """What matches in nvcc's output, line by line. Raises DBFError when nothing does: then it is no nvcc."""
+    run = subprocess.run([_nvcc(), *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    found = re.findall(pattern, run.stdout, re.MULTILINE)
+    if not found:
+        raise DBFError(f"{_nvcc()} does not work: {(run.stdout.splitlines() or ['no output'])[0]}")
+    return found
+
+
 def default_jobs() -> int:
     """Parallel compilers: one per CPU that this process may use, fewer when the memory would not hold them."""
     return max(1, min(available_cpus(), available_memory() // (_GIB_PER_JOB << 30)))
@@ -412,40 +449,64 @@ def _build_dir(source: Path | None, cuda: bool) -> Path:
     return base.with_name(base.name + "-cuda") if cuda else base
 
 
-def build(source: Path | None = None, cuda: bool = False, jobs: int | None = None) -> Path:
+def build(
+    source: Path | None = None, cuda: bool = False, jobs: int | None = None, cuda_arch: str | None = None
+) -> Path:
     """Builds TARGETS from the patched tree and returns the folder of the programs and shared libraries.
 
     The default tree's build is done once for a patch set and then only returned; a tree of the user's own is always
     handed to cmake, which rebuilds what changed. Objects come from ccache when it is installed.
 
-    Raises DBFError when a build tool is missing, when the tree cannot be had (see `source_tree`), or when compiling
-    fails.
+    cuda_arch  see `cuda_architectures`; a finished build for other architectures is done anew
+
+    Raises DBFError when a build tool is missing, when there is no card to build for, when the tree cannot be had (see
+    `source_tree`), or when compiling fails.
     """
     if source is not None:
         source = source.resolve()
     folder = _build_dir(source, cuda)
-    if source is None and _is_complete(folder):
+    if source is None and cuda_arch is None and _is_complete(folder):
         return folder / "bin"
     check_tools(cuda)
+    arch = cuda_architectures(cuda_arch) if cuda else ""
     tree = source_tree(source)
     with _lock("build"):
-        if source is None and _is_complete(folder):
+        if source is None and _is_complete(folder) and (folder / ".complete").read_text() == arch:
             return folder / "bin"
-        _build(tree, folder, cuda, jobs or default_jobs())
+        _build(tree, folder, arch, jobs or default_jobs())
     return folder / "bin"
 
 
-def _build(tree: Path, folder: Path, cuda: bool, jobs: int) -> None:
+def _build(tree: Path, folder: Path, cuda_arch: str, jobs: int) -> None:
+    (folder / ".complete").unlink(missing_ok=True)
+    log, env = configure(tree, folder, cuda_arch)
+    what = f"building llama.cpp with {jobs} jobs (minutes, unless ccache knows it)"
+    _run(["cmake", "--build", str(folder), "-j", str(jobs), "--target", *TARGETS], log, env, what)
+    missing = [name for name in TARGETS if not (folder / "bin" / name).exists()]
+    if missing:
+        raise DBFError(f"the build made no {', '.join(missing)}; see {log}")
+    (folder / ".complete").write_text(cuda_arch)
+
+
+def configure(tree: Path, folder: Path, cuda_arch: str = "", **options: str) -> tuple[Path, dict[str, str]]:
+    """Lets cmake make the build folder. Returns its log and the environment in which to compile.
+
+    cuda_arch  from `cuda_architectures`; "" builds without CUDA
+    options    further options of cmake; they win over ours
+    """
     folder.mkdir(parents=True, exist_ok=True)
     commit, patch = patch_key().split("-")
-    options = _BUILD_OPTIONS | {
+    settings = _BUILD_OPTIONS | {
         "LLAMA_BUILD_NUMBER": "0",
         "LLAMA_BUILD_COMMIT": f"{commit}-dbf-{patch}",
-        "GGML_CUDA": "ON" if cuda else "OFF",
+        "GGML_CUDA": "ON" if cuda_arch else "OFF",
         "CMAKE_PROJECT_ggml_INCLUDE": str(tree / "ggml" / "cmake" / "dbf-release.cmake"),
     }
-    if cuda:
-        options["CMAKE_CUDA_COMPILER"] = _nvcc()
+    if cuda_arch:
+        settings["CMAKE_CUDA_COMPILER"] = _nvcc()
+        settings["CMAKE_CUDA_ARCHITECTURES"] = cuda_arch
+        if "CUDACXX" in os.environ:  # cmake would compile with that nvcc and take libraries of the one on the PATH
+            settings["CUDAToolkit_ROOT"] = _nvcc_says("--dryrun", "-c", "none.cu", pattern=r"^#\$ TOP=(.*)$")[0]
     env = dict(os.environ)
     if shutil.which("ccache"):
         # The path of the tree changes with the patch set. These two keep it out of what ccache compares (unity builds
@@ -453,18 +514,13 @@ def _build(tree: Path, folder: Path, cuda: bool, jobs: int) -> None:
         env["CCACHE_BASEDIR"] = str(tree.parent)
         for language in ("C", "CXX"):
             flags = [os.environ.get(f"{language}FLAGS", ""), f"-fmacro-prefix-map={tree.parent}/="]
-            options[f"CMAKE_{language}_FLAGS"] = " ".join(flags).strip()
+            settings[f"CMAKE_{language}_FLAGS"] = " ".join(flags).strip()
     generator = ["-G", "Ninja"] if shutil.which("ninja") else ["-G", "Unix Makefiles"]
     log = folder / "build.log"
     log.unlink(missing_ok=True)
-    defines = [f"-D{name}={value}" for name, value in options.items()]
+    defines = [f"-D{name}={value}" for name, value in (settings | options).items()]
     _run(["cmake", *generator, *defines, "-S", str(tree), "-B", str(folder)], log, env, "configuring llama.cpp")
-    what = f"building llama.cpp with {jobs} jobs (minutes, unless ccache knows it)"
-    _run(["cmake", "--build", str(folder), "-j", str(jobs), "--target", *TARGETS], log, env, what)
-    missing = [name for name in TARGETS if not (folder / "bin" / name).exists()]
-    if missing:
-        raise DBFError(f"the build made no {', '.join(missing)}; see {log}")
-    (folder / ".complete").touch()
+    return log, env
 
 
 def _is_complete(folder: Path) -> bool:

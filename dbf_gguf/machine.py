@@ -1,9 +1,12 @@
-"""What this process may use of the machine: CPUs and memory."""
+"""What this process may use of the machine: CPUs, memory, NVIDIA cards."""
 
+import ctypes
 import os
 from pathlib import Path
 
 CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")  # a container's, cgroup v2; "max" where there is none
+
+CUDA_DRIVER = "libcuda.so.1"  # comes with NVIDIA's driver, so a machine with a toolkit alone lacks it
 
 
 def available_cpus() -> int:
@@ -18,3 +21,28 @@ def available_memory() -> int:
         return min(physical, int(CGROUP_LIMIT.read_text()))
     except (OSError, ValueError):
         return physical
+
+
+def cuda_capabilities() -> list[int]:
+    """Compute capabilities of the NVIDIA cards that the driver shows, 89 for 8.9: sorted, each once, [] without a card.
+
+    The driver is asked itself: this works before anything of CUDA is compiled, and where no nvidia-smi is installed.
+    """
+    try:
+        driver = ctypes.CDLL(CUDA_DRIVER)
+    except OSError:
+        return []
+    count = ctypes.c_int(0)
+    if driver.cuInit(0) != 0 or driver.cuDeviceGetCount(ctypes.byref(count)) != 0:
+        return []
+    found = set()
+    for index in range(count.value):
+        device, major, minor = ctypes.c_int(), ctypes.c_int(), ctypes.c_int()
+        statuses = (
+            driver.cuDeviceGet(ctypes.byref(device), index),
+            driver.cuDeviceGetAttribute(ctypes.byref(major), 75, device),  # COMPUTE_CAPABILITY_MAJOR
+            driver.cuDeviceGetAttribute(ctypes.byref(minor), 76, device),  # COMPUTE_CAPABILITY_MINOR
+        )
+        if not any(statuses):
+            found.add(10 * major.value + minor.value)
+    return sorted(found)

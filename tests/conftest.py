@@ -7,6 +7,7 @@ import pytest
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is loaded; see dbf_gguf/cli/convert.py
 
 from dbf_gguf import llama_cpp  # noqa: E402
+from dbf_gguf.errors import DBFError  # noqa: E402
 
 
 @pytest.fixture(scope="session")
@@ -19,6 +20,27 @@ def patched_tree():
 def llama_bin():
     """The folder of the built programs (minutes on a cold cache)."""
     return llama_cpp.build()
+
+
+@pytest.fixture(scope="session")
+def cuda_toolkit():
+    """A CUDA toolkit root with bin/nvcc, bin/cuobjdump and bin/nvdisasm, from wheels; without cuBLAS."""
+    return _toolkit_or_skip(cublas=False)
+
+
+@pytest.fixture(scope="session")
+def cuda_toolkit_with_cublas():
+    """The same with cuBLAS, whose headers every file of ggml-cuda includes."""
+    return _toolkit_or_skip(cublas=True)
+
+
+def _toolkit_or_skip(cublas: bool):
+    import toolchain
+
+    try:
+        return toolchain.toolkit_root(cublas)
+    except DBFError as error:
+        pytest.skip(str(error))
 
 
 @pytest.fixture(scope="module")

@@ -18,6 +18,10 @@
 #endif
 
 #ifndef __x86_64__
+#define CUHOST_UCONTEXT
+#endif
+
+#ifdef CUHOST_UCONTEXT
 #include <ucontext.h>
 #endif
 
@@ -42,10 +46,10 @@ struct fiber {
     state    st;
     uint3    index;
     char *   stack;
-#ifdef __x86_64__
-    void *   sp;
-#else
+#ifdef CUHOST_UCONTEXT
     ucontext_t context;
+#else
+    void *   sp;
 #endif
     void *   fake_stack;  // AddressSanitizer's
     void *   tsan;
@@ -79,13 +83,16 @@ unsigned n_barriers;
 bool     running;
 
 char *   block_memory;
+size_t   block_memory_size;
+void **  garbage;  // shared memory of blocks that are done
+unsigned n_garbage;
 
 void (*kernel_body)(void *);
 void * kernel_arg;
 
 // ---- switching stacks
 
-#ifdef __x86_64__
+#ifndef CUHOST_UCONTEXT
 // swapcontext() would do, but asks the kernel to save the signal mask each time, which takes longer than all the rest here.
 extern "C" void cuhost_switch(void ** save, void * load);
 asm(R"(
@@ -112,10 +119,10 @@ cuhost_switch:
 #endif
 
 void switch_stack(fiber & from, fiber & to) {
-#ifdef __x86_64__
-    cuhost_switch(&from.sp, to.sp);
-#else
+#ifdef CUHOST_UCONTEXT
     swapcontext(&from.context, &to.context);
+#else
+    cuhost_switch(&from.sp, to.sp);
 #endif
 }
 
@@ -212,19 +219,19 @@ void make_fiber(unsigned i, dim3 block) {
         f.tsan = __tsan_create_fiber(0);
 #endif
     }
-#ifdef __x86_64__
+#ifdef CUHOST_UCONTEXT
+    getcontext(&f.context);
+    f.context.uc_stack.ss_sp   = f.stack;
+    f.context.uc_stack.ss_size = STACK;
+    f.context.uc_link          = nullptr;
+    makecontext(&f.context, fiber_main, 0);
+#else
     // what cuhost_switch pops: six registers, then the address it returns to. fiber_main must find its stack as if it had
     // been called, 8 bytes short of a multiple of 16.
     void ** top = (void **) (f.stack + STACK) - 2;
     *top = (void *) fiber_main;
     f.sp = top - 6;
     memset(f.sp, 0, 6*sizeof(void *));
-#else
-    getcontext(&f.context);
-    f.context.uc_stack.ss_sp   = f.stack;
-    f.context.uc_stack.ss_size = STACK;
-    f.context.uc_link          = nullptr;
-    makecontext(&f.context, fiber_main, 0);
 #endif
 }
 
@@ -310,13 +317,28 @@ char * shared_memory() {
     return block_memory;
 }
 
-void launch(dim3 grid, dim3 block, size_t shared_bytes, void (*body)(void *), void * arg) {
+void synchronize() {
+    acquire(&end_tag);
+    for (unsigned i = 0; i < n_garbage; ++i) {
+        free(garbage[i]);
+    }
+    n_garbage = 0;
+}
+
+void wait_for_previous_grid() {
+    acquire(&end_tag);
+}
+
+void launch(dim3 grid, dim3 block, size_t shared_bytes, start when, void (*body)(void *), void * arg) {
     const unsigned n = block.x*block.y*block.z;
     if (n == 0 || n > MAX_THREADS || n % 32 != 0 || block.y != 1 || block.z != 1) {
         fail("block size: a multiple of 32 up to 1024, in x");
     }
     if (grid.x == 0 || grid.y == 0 || grid.z == 0 || grid.y > 65535 || grid.z > 65535 || grid.x > INT32_MAX) {
         fail("grid size");
+    }
+    if (when == start::in_order) {
+        synchronize();
     }
     gridDim     = grid;
     blockDim    = block;
@@ -329,27 +351,69 @@ void launch(dim3 grid, dim3 block, size_t shared_bytes, void (*body)(void *), vo
 
     // Each block has shared memory of its own, freed when all are done: to ThreadSanitizer blocks run side by side.
     const unsigned n_blocks = grid.x*grid.y*grid.z;
-    unsigned * order  = (unsigned *) malloc(n_blocks*sizeof(unsigned));
-    char **    shared = (char **)    malloc(n_blocks*sizeof(char *));
+    unsigned * order = (unsigned *) malloc(n_blocks*sizeof(unsigned));
+    garbage = (void **) realloc(garbage, (n_garbage + n_blocks)*sizeof(void *));
     make_order(order, n_blocks);
+    static unsigned n_run = 0;
     for (unsigned i = 0; i < n_blocks; ++i) {
         blockIdx     = { order[i] % grid.x, order[i]/grid.x % grid.y, order[i]/(grid.x*grid.y) };
-        shared[i]    = shared_bytes > 0 ? (char *) malloc(shared_bytes) : nullptr;
-        block_memory = shared[i];
+        block_memory_size = shared_bytes;
+        block_memory = shared_bytes > 0 ? (char *) malloc(shared_bytes) : nullptr;
         if (shared_bytes > 0) {
             memset(block_memory, config.poison, shared_bytes);
+            garbage[n_garbage++] = block_memory;
         }
-        fibers  = fiber_sets[i % SETS];
+        fibers  = fiber_sets[n_run++ % SETS];
         running = true;
         run_block(block);
         running = false;
     }
-    acquire(&end_tag);
-    for (unsigned i = 0; i < n_blocks; ++i) {
-        free(shared[i]);
-    }
-    free(shared);
     free(order);
+}
+
+// ---- bounds
+
+namespace {
+
+struct memory_range {
+    const char * begin;
+    const char * end;
+    bool         writable;
+};
+
+memory_range ranges[64];
+unsigned     n_ranges;
+
+bool is_inside(const void * address, size_t size, const char * begin, const char * end) {
+    return (const char *) address >= begin && (const char *) address < end && size <= (size_t) (end - (const char *) address);
+}
+
+} // namespace
+
+void declare_buffer(const void * data, size_t size, bool writable) {
+    if (n_ranges == sizeof(ranges)/sizeof(ranges[0])) {
+        fail("too many buffers");
+    }
+    ranges[n_ranges++] = { (const char *) data, (const char *) data + size, writable };
+}
+
+void forget_buffers() {
+    n_ranges = 0;
+}
+
+void check_access(const void * address, size_t size, bool write) {
+    if (is_inside(address, size, block_memory, block_memory + block_memory_size)) {
+        return;
+    }
+    for (unsigned i = 0; i < n_ranges; ++i) {
+        if (is_inside(address, size, ranges[i].begin, ranges[i].end)) {
+            if (write && !ranges[i].writable) {
+                fail("write to a buffer that is an input");
+            }
+            return;
+        }
+    }
+    fail(write ? "write out of bounds" : "read out of bounds");
 }
 
 // ---- collectives

@@ -66,15 +66,29 @@ struct settings {
 
 extern settings config;
 
-// Runs body(arg) once in every thread of the grid, block after block; returns when all are done.
-void launch(dim3 grid, dim3 block, size_t shared_bytes, void (*body)(void *), void * arg);
+// Runs body(arg) once in every thread of the grid, block after block; returns when all are done. An early launch is one with
+// programmatic stream serialization: it may begin while the grid before it still runs, and sees what that wrote only after
+// wait_for_previous_grid(). It does not really run earlier here, but ThreadSanitizer knows no other order.
+enum class start { in_order, early };
 
-template <class F> void launch(dim3 grid, dim3 block, size_t shared_bytes, F body) {
-    launch(grid, block, shared_bytes, [](void * f) { (*(F *) f)(); }, &body);
+void launch(dim3 grid, dim3 block, size_t shared_bytes, start when, void (*body)(void *), void * arg);
+
+template <class F> void launch(dim3 grid, dim3 block, size_t shared_bytes, F body, start when = start::in_order) {
+    launch(grid, block, shared_bytes, when, [](void * f) { (*(F *) f)(); }, &body);
 }
+
+void wait_for_previous_grid();  // in a kernel: griddepcontrol.wait
+
+void synchronize();  // on the host, before it reads what kernels wrote
 
 // Dynamic shared memory of the block that runs.
 char * shared_memory();
+
+// Where an access may go, for code that checks it itself (the translated PTX does; a kernel's source has AddressSanitizer).
+// The host declares its buffers; shared memory is known. They stay valid until forget_buffers().
+void declare_buffer(const void * data, size_t size, bool writable);
+void forget_buffers();
+void check_access(const void * address, size_t size, bool write);
 
 // Prints what happened, in which block and thread, and aborts.
 [[noreturn]] void fail(const char * what);
@@ -184,17 +198,12 @@ inline unsigned __dp4a(unsigned a, unsigned b, unsigned c) {
     return c;
 }
 
-// prmt.b32: each nibble of the selector picks one of eight bytes, or with bit 3 that byte's sign eight times
+// three bits of each nibble of the selector pick one of eight bytes
 inline unsigned __byte_perm(unsigned a, unsigned b, unsigned selector) {
     const uint64_t bytes  = (uint64_t) b << 32 | a;
     unsigned       result = 0;
     for (int i = 0; i < 4; ++i) {
-        const unsigned pick = selector >> 4*i & 15;
-        unsigned byte = (unsigned) (bytes >> 8*(pick & 7)) & 0xff;
-        if (pick & 8) {
-            byte = byte & 0x80 ? 0xff : 0;
-        }
-        result |= byte << 8*i;
+        result |= ((unsigned) (bytes >> 8*(selector >> 4*i & 7)) & 0xff) << 8*i;
     }
     return result;
 }

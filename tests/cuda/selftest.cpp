@@ -51,6 +51,7 @@ static std::map<std::string, std::function<void()>> kernels() {
                 o[t] = v;
             }
         });
+        cuhost::synchronize();
         seen = o[0];
         for (int i = 0; i < 64; ++i) {
             seen = o[i] == seen ? seen : -1;
@@ -76,6 +77,7 @@ static std::map<std::string, std::function<void()>> kernels() {
     };
     k["uninitialised shared memory"] = [=] {
         cuhost::launch(1, 32, 32*sizeof(int), [=] { o[threadIdx.x] = shared_ints()[threadIdx.x]; });
+        cuhost::synchronize();
         seen = o[7];
     };
     k["shared memory kept from the block before"] = [=] {
@@ -87,6 +89,7 @@ static std::map<std::string, std::function<void()>> kernels() {
                 o[threadIdx.x] = s[threadIdx.x];
             }
         });
+        cuhost::synchronize();
         seen = o[7];
     };
 
@@ -99,6 +102,7 @@ static std::map<std::string, std::function<void()>> kernels() {
             __syncwarp();
             o[threadIdx.x] = s[63 - threadIdx.x];
         });
+        cuhost::synchronize();
         seen = o[0];
     };
     k["no __syncwarp between lanes"] = [=] {
@@ -107,6 +111,7 @@ static std::map<std::string, std::function<void()>> kernels() {
             s[threadIdx.x] = a[threadIdx.x];
             o[threadIdx.x] = s[31 - threadIdx.x];
         });
+        cuhost::synchronize();
         seen = o[0];
     };
     k["a shuffle for a barrier"] = [=] {
@@ -127,6 +132,17 @@ static std::map<std::string, std::function<void()>> kernels() {
             }
         });
     };
+    for (const bool waits : {false, true}) {
+        k[waits ? "early launch that waits" : "early launch that does not wait"] = [=] {
+            cuhost::launch(1, 32, 0, [=] { o[threadIdx.x] = 1; });
+            cuhost::launch(1, 32, 0, [=] {
+                if (waits) {
+                    cuhost::wait_for_previous_grid();
+                }
+                o[32 + threadIdx.x] = o[31 - threadIdx.x];
+            }, cuhost::start::early);
+        };
+    }
     k["blocks add to one place"] = [=] {
         cuhost::launch(4, 32, 0, [=] {
             if (threadIdx.x == 0) {
@@ -191,5 +207,6 @@ int main(int argc, char ** argv) {
         cuhost::config.seed = (uint32_t) atoi(argv[2]);
     }
     all.at(argv[1])();
+    cuhost::synchronize();
     printf("ran to the end: %d\n", seen);
 }

@@ -1,7 +1,7 @@
 // Time of one linear on any backend: DBF, any other weight type, cuBLAS, and the memory bandwidth to compare them with.
 //
 //   llama-dbf-matvec --list
-//   llama-dbf-matvec --backend CUDA0 --bandwidth --case dbf:4096:4096:2048 --case q2_K:4096:4096 --case cublas:4096:4096
+//   llama-dbf-matvec --backend CUDA0 --bandwidth --case dbf:4096:4096:2048 --case q2_k:4096:4096 --case cublas:4096:4096
 //
 // Writes one JSON object per line. bench/gpu.py makes its tables from them.
 //
@@ -17,6 +17,7 @@
 #include "ggml-dbf.h"
 
 #include <algorithm>
+#include <cctype>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
@@ -64,7 +65,7 @@ static void usage(FILE * f) {
         "  --backend NAME      where to compute, a name from --list (default: CPU)\n"
         "  --case TYPE:N_IN:N_OUT[:K]\n"
         "                      a linear to time, may be given repeatedly. TYPE is dbf (with K middle channels), a ggml type\n"
-        "                      (f16, q2_K, iq2_xxs ...) or cublas, which is f16 with an f16 input: the CUDA backend then\n"
+        "                      (f16, q2_k, iq2_xxs ...) or cublas, which is f16 with an f16 input: the CUDA backend then\n"
         "                      takes cuBLAS, and one more kernel turns its f16 result into f32\n"
         "  --bandwidth         time a copy and a sum of rows that are larger than the caches\n"
         "  --tokens N          columns of the input (default: 1)\n"
@@ -73,7 +74,7 @@ static void usage(FILE * f) {
         "  --reps N            samples (default: 30)\n"
         "  --threads N         of the CPU backend\n"
         "\n"
-        "example: llama-dbf-matvec --backend CUDA0 --bandwidth --case dbf:4096:4096:2048 --case q2_K:4096:4096\n");
+        "example: llama-dbf-matvec --backend CUDA0 --bandwidth --case dbf:4096:4096:2048 --case q2_k:4096:4096\n");
 }
 
 static int64_t parse_number(const std::string & text, const std::string & what) {
@@ -156,10 +157,15 @@ struct linear {
     int64_t     k      = 0;
 };
 
+static std::string lower_case(std::string text) {
+    std::transform(text.begin(), text.end(), text.begin(), [](unsigned char c) { return (char) std::tolower(c); });
+    return text;
+}
+
 static ggml_type find_type(const std::string & name) {
     for (int i = 0; i < GGML_TYPE_COUNT; ++i) {
         const ggml_type type = (ggml_type) i;
-        if (type != GGML_TYPE_DBF && ggml_blck_size(type) > 0 && name == ggml_type_name(type)) {
+        if (type != GGML_TYPE_DBF && ggml_blck_size(type) > 0 && name == lower_case(ggml_type_name(type))) {
             return type;
         }
     }
@@ -174,7 +180,7 @@ static linear parse_case(const std::string & text) {
         at = end + 1;
     }
     linear l;
-    l.name   = parts[0];
+    l.name   = lower_case(parts[0]);
     l.is_dbf = l.name == "dbf";
     if (parts.size() != (l.is_dbf ? 4 : 3)) {
         fail("case '" + text + "' is not TYPE:N_IN:N_OUT, or dbf:N_IN:N_OUT:K");
