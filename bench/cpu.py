@@ -5,10 +5,10 @@
     python bench/cpu.py --micro                           # the kernels alone
 
 Models with random weights (bench/synthetic.py) take turns, round after round, so that what else the machine does hits
-all of them alike: decode of some tokens from an empty prompt, the same on one thread, and prefill, by llama-bench. In
-every round llama-dbf-matvec measures how fast the memory can be read. Tables show the medians over the rounds, DBF's
-ratio to each type, and the share of the roof: bytes that a token reads, times tokens a second, by that bandwidth. Then
-come the bars that the project has set itself. All figures go into cpu.json, the picture into cpu.png.
+all of them alike: decode of some tokens from an empty prompt, the same on one thread, and prefill, by llama-bench.
+Every round also measures how fast the memory can be read. Tables show the medians over the rounds, DBF's ratio to each
+type, and the share of the roof: bytes that a token reads, times tokens a second, by that bandwidth. Then come the bars
+that the project has set itself. All figures go into cpu.json, the picture into cpu.png.
 
 --micro compiles the kernels for each instruction set that this CPU has and prints giga sign-weights a second, one
 thread, from L2 and from memory for one token, and times tokens for a block of them.
@@ -19,6 +19,7 @@ Status 1 when a bar is missed or a program fails. On a busy machine threads wait
 import argparse
 import importlib.util
 import json
+import math
 import os
 import platform
 import re
@@ -26,12 +27,15 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import synthetic
 from commands import StepFailed, heading
-from gpu import json_lines, parse_matvec
+from gpu import json_lines
 from gpu_model import markdown
 
 from dbf_gguf import llama_cpp
@@ -82,7 +86,6 @@ class Settings:
     threads: int = 2
     n_gen: int = 32
     n_prompt: int = 512
-    rotate_mib: int = 512  # of the bandwidth: more than the caches hold
 
     @property
     def models(self) -> dict[str, tuple[str, float | None]]:
@@ -148,6 +151,18 @@ def micro() -> list[dict]:
 # --- measuring
 
 
+def read_bandwidth(threads: int, mib: int = 512) -> float:
+    """GB/s at which so many threads read memory that no cache holds: they add up integers. The best of five."""
+    parts = np.array_split(np.ones(mib << 17, np.uint64), threads)
+    best = math.inf
+    with ThreadPoolExecutor(threads) as pool:
+        for _ in range(5):
+            start = time.perf_counter()
+            assert sum(pool.map(np.add.reduce, parts)) == mib << 17
+            best = min(best, time.perf_counter() - start)
+    return (mib << 20) / best / 1e9
+
+
 class Bench:
     """One run; `samples` are tokens a second by part and model, a value for each round."""
 
@@ -175,7 +190,8 @@ class Bench:
             self.write_models()
             for i in range(self.settings.rounds):
                 heading(f"round {i + 1} of {self.settings.rounds}, load {os.getloadavg()[0]:.1f}")
-                self.measure_bandwidth()
+                self.bandwidth.append(read_bandwidth(self.settings.threads))
+                print(f"memory is read with {self.bandwidth[-1]:.1f} GB/s", flush=True)
                 for part in self.settings.parts:
                     for name in self.settings.models:
                         self.samples[part][name].append(self.rate(part, name))
@@ -183,13 +199,6 @@ class Bench:
         finally:
             for name in self.settings.models:
                 self.path(name).unlink(missing_ok=True)
-
-    def measure_bandwidth(self) -> None:
-        command = [llama_cpp.tool("llama-dbf-matvec"), "--bandwidth", "--threads", self.settings.threads]
-        command += ["--rotate-mib", self.settings.rotate_mib, "--case", "dbf:256:256:256", "--reps", 3]
-        bandwidth, _ = parse_matvec(self.quietly(command))
-        self.bandwidth.append(bandwidth["read"])
-        print(f"memory is read with {self.bandwidth[-1]:.1f} GB/s", flush=True)
 
     def rate(self, part: str, name: str) -> float:
         threads = 1 if part.endswith("1 thread") else self.settings.threads

@@ -216,22 +216,19 @@ inline int64_t padded(int64_t n) {
 
 // v ~ d*T for sums of four; a vector with a NaN or an infinity gets d = NaN and q = 0
 inline float quantize(const float * v, int64_t n, int16_t * q) {
-    // the bits of |v| order like integers, with infinity and NaN above all finite values: one max sees everything
+    // The bits of positive floats order like integers, with infinity and NaN above all finite values: one max sees everything.
+    // Quarters, since the sum of four large numbers must not overflow.
     uint32_t max_bits = 0;
-    float    max_sum  = 0.0f;
-    for (int64_t i = 0; i < n; ++i) {
+    for (int64_t i = 0; i < n; i += 4) {
+        const float sum = 0.25f*std::fabs(v[i])     + 0.25f*std::fabs(v[i + 1])
+                        + 0.25f*std::fabs(v[i + 2]) + 0.25f*std::fabs(v[i + 3]);
         uint32_t bits;
-        memcpy(&bits, v + i, sizeof(bits));
+        memcpy(&bits, &sum, sizeof(bits));
         max_bits = std::max(max_bits, bits & 0x7fffffff);
     }
+    float max_sum;
+    memcpy(&max_sum, &max_bits, sizeof(max_sum));
     const bool finite = max_bits < 0x7f800000;
-    if (finite) {
-        for (int64_t i = 0; i < n; i += 4) { // quarters: the sum of four large numbers must not overflow
-            const float sum = 0.25f*std::fabs(v[i])     + 0.25f*std::fabs(v[i + 1])
-                            + 0.25f*std::fabs(v[i + 2]) + 0.25f*std::fabs(v[i + 3]);
-            max_sum = sum > max_sum ? sum : max_sum;
-        }
-    }
     if (!finite || max_sum < 1e-30f) { // below, 1/d overflows
         memset(q, 0, n*sizeof(int16_t));
         return finite ? 0.0f : NAN;
