@@ -16,6 +16,7 @@ import subprocess
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import cpu
 import numpy as np
 import pytest
 from click.testing import CliRunner
@@ -226,31 +227,40 @@ def test_backend_ops(llama_bin):
     assert passed and passed[1] == passed[2] and int(passed[1]) == 58, result.stdout[-2000:]
 
 
-INSTRUCTION_SETS = {
-    "generic": ([], []),
-    "avx2": (["-mavx2", "-mfma", "-mf16c"], ["avx2", "fma", "f16c"]),
-    "avx512": (["-march=skylake-avx512"], ["avx512bw", "avx512dq", "avx512vl"]),
-    "avx512vnni": (["-march=cascadelake"], ["avx512bw", "avx512_vnni"]),
-}
-
-
-@pytest.mark.parametrize("name", INSTRUCTION_SETS)
+@pytest.mark.parametrize("name", cpu.INSTRUCTION_SETS)
 def test_kernels_of_every_instruction_set(name, patched_tree, llama_bin, tmp_path):
     """dbf.cpp compiled for each: accuracy, ragged shapes, threads, NaN, infinity, zero, denormals."""
-    flags, needs = INSTRUCTION_SETS[name]
-    cpuinfo = Path("/proc/cpuinfo")
-    have = set(re.findall(r"\w+", cpuinfo.read_text())) if cpuinfo.exists() else set()
-    if needs and (platform.machine() != "x86_64" or not have.issuperset(needs)):
+    if name != "generic" and platform.machine() != "x86_64":
         pytest.skip(f"this CPU has no {name}")
+    cpu.compile_kernels(name, patched_tree, llama_bin, tmp_path / "kernels")
+    if not cpu.available(name):
+        pytest.skip(f"compiled, but this CPU has no {name}")
+    result = run(tmp_path / "kernels")
+    assert result.returncode == 0, result.stdout
+
+
+def test_kernels_for_arm(patched_tree, llama_bin, tmp_path):
+    """The same for 64-bit ARM, whose NEON every such CPU has, in an emulator."""
+    compilers = ["aarch64-linux-gnu-gcc", "aarch64-linux-gnu-g++"]
+    missing = [name for name in [*compilers, "qemu-aarch64"] if not shutil.which(name)]
+    if missing:
+        packages = "gcc-aarch64-linux-gnu g++-aarch64-linux-gnu qemu-user"
+        pytest.skip(f"no {', '.join(missing)} here (on Debian or Ubuntu: apt-get install {packages})")
     ggml = patched_tree / "ggml"
-    program = tmp_path / "kernels"
-    sources = [Path(__file__).with_name("dbf_cpu_kernels.cpp"), ggml / "src/ggml-cpu/dbf.cpp"]
     folders = [f"-I{ggml / folder}" for folder in ("include", "src", "src/ggml-cpu")]
-    libraries = [f"-L{llama_bin}", "-lggml-base", f"-Wl,-rpath,{llama_bin}", "-pthread"]
-    compiler = llama_cpp._compiler("CXX", "c++", "g++", "clang++")
-    compiled = run(compiler, "-std=c++17", "-O2", "-w", *flags, *folders, *sources, *libraries, "-o", program)
+    folders.append(f"-I{llama_bin.parent / 'ggml' / 'src'}")  # ggml-version.h
+    objects = []
+    for source in ("ggml.c", "ggml-quants.c", "ggml-dbf.c", "ggml-threading.cpp"):  # what the kernels need of ggml
+        objects.append(tmp_path / f"{source}.o")
+        compiler = compilers[source.endswith(".cpp")]
+        options = ["-O0", "-w", "-ffunction-sections", "-c", *folders]
+        compiled = run(compiler, *options, ggml / "src" / source, "-o", objects[-1])
+        assert compiled.returncode == 0, compiled.stderr
+    sources = [Path(__file__).with_name("dbf_cpu_kernels.cpp"), ggml / "src/ggml-cpu/dbf.cpp"]
+    options = ["-std=c++17", "-O2", "-w", "-static", "-Wl,--gc-sections", *folders]
+    compiled = run(compilers[1], *options, *sources, *objects, "-o", tmp_path / "kernels", "-lm", "-pthread")
     assert compiled.returncode == 0, compiled.stderr
-    result = run(program)
+    result = run("qemu-aarch64", tmp_path / "kernels", "quick")
     assert result.returncode == 0, result.stdout
 
 

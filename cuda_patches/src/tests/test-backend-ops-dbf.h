@@ -15,9 +15,9 @@ struct test_dbf_mul_mat : public test_case {
         return VARS_TO_STR6(type_s, n_in, k, n_out, ne, view);
     }
 
-    // 16-bit activations are off by 1e-9, 8-bit ones by 1e-4: the latter must not pass
+    // 16-bit activations are off by 1e-9, sums of four in 12 bits by 5e-7, 8-bit activations by 1e-4: these must not pass
     double max_nmse_err() override {
-        return 1e-7;
+        return 2e-6;
     }
 
     uint64_t op_flops(ggml_tensor * t) override {

@@ -1,6 +1,9 @@
 // y = sa * (A @ (sm * (B @ (sb * x)))) with A and B matrices of signs (see ggml-dbf.h).
 //
-// How the fast path works. A vector v is rounded to 16-bit integers with one scale, v ~ d*q with |q| <= 127*256 + 127, and
+// Two fast paths. CPUs with a byte shuffle look up sums of four inputs: dbf-tables.h. The other one is here, and computes
+// single tokens with AVX-512 and everything on CPUs without such a shuffle.
+//
+// How this one works. A vector v is rounded to 16-bit integers with one scale, v ~ d*q with |q| <= 127*256 + 127, and
 // q is kept as two planes of bytes, q = 256*hi + lo. With w the bits of a row of signs (1 = +1, 0 = -1),
 //
 //   row @ v = d * sum((2*w - 1)*q) = d * (2*S - sum(q)),    S = 256*sum(w*hi) + sum(w*lo)
@@ -13,6 +16,7 @@
 
 #include "dbf.h"
 
+#include "dbf-tables.h"
 #include "ggml-dbf.h"
 #include "ggml-cpu.h"
 #include "ggml-cpu-impl.h"
@@ -24,7 +28,7 @@
 #include <cstdint>
 #include <cstring>
 
-#if defined(__AVX2__) || defined(__AVX512BW__)
+#if defined(__AVX512BW__)
 #include <immintrin.h>
 #endif
 
@@ -178,62 +182,6 @@ void sum_rows(const uint8_t * w, size_t nb_w, const int8_t * q, int64_t n, int32
     }
 }
 
-#elif defined(__AVX2__)
-
-inline __m256i dot_add(__m256i acc, __m256i w, __m256i v) {
-    return _mm256_add_epi32(acc, _mm256_madd_epi16(_mm256_maddubs_epi16(w, v), _mm256_set1_epi16(1)));
-}
-
-inline int32_t reduce_add(__m256i v) {
-    __m128i x = _mm_add_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
-    x = _mm_add_epi32(x, _mm_shuffle_epi32(x, 0x4e));
-    x = _mm_add_epi32(x, _mm_shuffle_epi32(x, 0xb1));
-    return _mm_cvtsi128_si32(x);
-}
-
-template <int R, int T>
-void sum_rows(const uint8_t * w, size_t nb_w, const int8_t * q, int64_t n, int32_t (*s)[T][2]) {
-    const int64_t n_pad = plane_size(n);
-    const __m256i one   = _mm256_set1_epi8(1);
-    // byte i of the vector takes byte i/8 of the word and of that bit i%8
-    const __m256i pick  = _mm256_setr_epi8(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1,
-                                           2, 2, 2, 2, 2, 2, 2, 2, 3, 3, 3, 3, 3, 3, 3, 3);
-    const __m256i bit   = _mm256_set1_epi64x((int64_t) 0x8040201008040201ull);
-
-    __m256i acc[R][T][2];
-    for (int r = 0; r < R; ++r) {
-        for (int t = 0; t < T; ++t) {
-            acc[r][t][0] = acc[r][t][1] = _mm256_setzero_si256();
-        }
-    }
-
-    for (int64_t i = 0; i < n; i += 32) {
-        if (i % 512 == 0) { // 64 bytes of signs
-            for (int r = 0; r < R; ++r) {
-                prefetch(w + r*nb_w + i/8 + PREFETCH);
-            }
-        }
-
-        for (int r = 0; r < R; ++r) {
-            const __m256i word  = _mm256_shuffle_epi8(_mm256_set1_epi32((int32_t) load_signs(w + r*nb_w + i/8)), pick);
-            const __m256i bytes = _mm256_and_si256(_mm256_cmpeq_epi8(_mm256_and_si256(word, bit), bit), one);
-            for (int t = 0; t < T; ++t) {
-                const __m256i hi = _mm256_loadu_si256((const __m256i *) (q + (2*t + 0)*n_pad + i));
-                const __m256i lo = _mm256_loadu_si256((const __m256i *) (q + (2*t + 1)*n_pad + i));
-                acc[r][t][0] = dot_add(acc[r][t][0], bytes, hi);
-                acc[r][t][1] = dot_add(acc[r][t][1], bytes, lo);
-            }
-        }
-    }
-
-    for (int r = 0; r < R; ++r) {
-        for (int t = 0; t < T; ++t) {
-            s[r][t][0] = reduce_add(acc[r][t][0]);
-            s[r][t][1] = reduce_add(acc[r][t][1]);
-        }
-    }
-}
-
 #else
 
 // Plain C: the inner loop has a fixed length and no branch, so that compilers vectorize it on any target.
@@ -364,21 +312,62 @@ void scale_input(const float * x, const ggml_tensor * sb, float * v) {
     }
 }
 
-// the share of n rows of one thread, in whole groups of ROWS
-void split_rows(int64_t n, int ith, int nth, int64_t & r0, int64_t & r1) {
-    const int64_t groups = (n + ROWS - 1)/ROWS;
-    r0 = std::min(n, groups*ith/nth*ROWS);
-    r1 = std::min(n, groups*(ith + 1)/nth*ROWS);
+// ---- how a product is computed
+
+enum method {
+    METHOD_PLANES,      // planes of bytes, all else
+    METHOD_TABLES,      // a few tokens, one by one, by tables of bytes
+    METHOD_TOKEN_TABLES // many tokens, 16 at a time
+};
+
+#if defined(DBF_TABLES)
+namespace lut = dbf_tables;
+
+constexpr int64_t FEW = 4; // so many tokens cost, one by one, as much as 16 at a time
+#endif
+
+method choose_method(int64_t n_vec) {
+#if defined(DBF_TABLES) && defined(__AVX512F__) && defined(__AVX512BW__)
+    return n_vec <= FEW ? METHOD_PLANES : METHOD_TOKEN_TABLES;
+#elif defined(DBF_TABLES)
+    return n_vec <= FEW ? METHOD_TABLES : METHOD_TOKEN_TABLES;
+#else
+    GGML_UNUSED(n_vec);
+    return METHOD_PLANES;
+#endif
 }
 
-// The work buffer: q (of x, then of u: never both), their scales, u, and a row of floats per thread.
+// Threads divide the rows of both products, so they must meet between the two: u is needed whole. What else could be
+// divided, rounding the vectors, is for few tokens less work than another meeting costs: each thread does it for itself.
+bool is_private(method m, int64_t n_vec) {
+    return m == METHOD_TABLES || (m == METHOD_PLANES && n_vec == 1);
+}
+
+// the share of n rows of one thread, in whole groups
+void split_rows(method m, int64_t n, int ith, int nth, int64_t & r0, int64_t & r1) {
+    int64_t group = ROWS;
+#if defined(DBF_TABLES)
+    group = m == METHOD_TABLES ? lut::ROWS : group;
+#endif
+    GGML_UNUSED(m);
+    const int64_t groups = (n + group - 1)/group;
+    r0 = std::min(n, groups*ith/nth*group);
+    r1 = std::min(n, groups*(ith + 1)/nth*group);
+}
+
+// The work buffer: u, what all threads share of the rounded vectors, and a part for each thread.
 struct work_layout {
-    size_t q, info, u, row, nb_row, total;
+    method m;
+    size_t u, q, d, own, nb_own; // offsets; d: the scales, or vec_info
+    size_t row, own_q, tables, sums; // offsets within a thread's part
+    size_t total;
 
     work_layout(const ggml_tensor * dst, int n_tasks) {
         const int64_t n_vec = ggml_nrows(dst->src[1]);
         const int64_t n_in  = dst->src[2]->ne[0];
         const int64_t k     = dst->src[0]->ne[0];
+        const int64_t n     = std::max(n_in, k);
+        m = choose_method(n_vec);
 
         size_t offs = 0;
         const auto take = [&](size_t size) {
@@ -386,14 +375,118 @@ struct work_layout {
             offs += GGML_PAD(size, 64);
             return at;
         };
-        nb_row = GGML_PAD(n_in*sizeof(float), 64);
-        q      = take(n_vec*2*plane_size(std::max(n_in, k)));
-        info   = take(n_vec*sizeof(vec_info));
-        u      = take(n_vec*k*sizeof(float));
-        row    = take(n_tasks*nb_row);
-        total  = offs + 64; // to align the start
+        row   = take(n_in*sizeof(float));
+        own_q = tables = sums = q = d = 0;
+        switch (m) {
+            case METHOD_PLANES:
+                {
+                    const size_t nb_q = 2*plane_size(n);
+                    own_q  = take(is_private(m, n_vec) ? nb_q : 0);
+                    nb_own = offs;
+                    offs   = 0;
+                    q = take(is_private(m, n_vec) ? 0 : n_vec*nb_q);
+                    d = take(n_vec*sizeof(vec_info));
+                } break;
+#if defined(DBF_TABLES)
+            case METHOD_TABLES:
+                {
+                    own_q  = take(n*sizeof(int16_t));
+                    tables = take(n_vec*lut::tables_size(lut::padded(n)));
+                    nb_own = offs;
+                    offs   = 0;
+                } break;
+            case METHOD_TOKEN_TABLES:
+                {
+                    const int64_t n_pad = GGML_PAD(n_vec, lut::TOKENS);
+                    own_q  = take(lut::TOKENS*n*sizeof(int16_t));
+                    tables = take(lut::TILE/4*16*lut::TOKENS*sizeof(int16_t));
+                    sums   = take(lut::ROW_BLOCK*lut::TOKENS*sizeof(int32_t));
+                    nb_own = offs;
+                    offs   = 0;
+                    q = take(n_pad*n*sizeof(int16_t));
+                    d = take(n_pad*sizeof(float));
+                } break;
+#endif
+            default: GGML_ABORT("no such method");
+        }
+        u     = take(n_vec*k*sizeof(float));
+        own   = take(n_tasks*nb_own);
+        total = offs + 64; // to align the start
     }
 };
+
+// ---- both products, by each method. `get(t, row)` gives vector t, in `row` or where it lies.
+
+#if defined(DBF_TABLES)
+
+// few tokens, by one thread; `next` are the signs that come after these
+template <typename Get>
+void mul_tables(const ggml_tensor * W, const ggml_tensor * s, int64_t n_vec, const Get & get, int64_t r0, int64_t r1,
+        const void * next, const work_layout & at, char * own, float * out) {
+    const int64_t n         = W->ne[0];
+    const size_t  nb_tables = lut::tables_size(lut::padded(n));
+
+    float d[FEW];
+    for (int64_t t = 0; t < n_vec; ++t) {
+        int16_t * q = (int16_t *) (own + at.own_q);
+        d[t] = lut::quantize(get(t), n, q);
+        lut::make_tables(q, n, (uint8_t *) own + at.tables + t*nb_tables);
+    }
+
+    for (int64_t r = r0; r < r1; r += lut::ROWS) {
+        const int64_t   n_rows = std::min(lut::ROWS, r1 - r);
+        const uint8_t * w      = (const uint8_t *) W->data + r*W->nb[1];
+        const uint8_t * ahead  = r + n_rows < r1 ? w + n_rows*W->nb[1] : (const uint8_t *) next;
+        for (int64_t t = 0; t < n_vec; ++t) {
+            int32_t sums[lut::ROWS];
+            lut::sum_rows(w, W->nb[1], n_rows, r + n_rows == W->ne[1], (const uint8_t *) own + at.tables + t*nb_tables, n, ahead, sums);
+            for (int64_t j = 0; j < n_rows; ++j) {
+                out[t*W->ne[1] + r + j] = get_scale(s, r + j)*d[t]*(float) sums[j];
+            }
+        }
+    }
+}
+
+// one thread's share of the vectors
+template <typename Get>
+void interleave_tiles(int64_t n_vec, int64_t n, const Get & get, int ith, int nth, const work_layout & at, char * work, char * own) {
+    for (int64_t t0 = ith*lut::TOKENS; t0 < n_vec; t0 += nth*lut::TOKENS) {
+        const int64_t n_tokens = std::min(lut::TOKENS, n_vec - t0);
+        const int16_t * rows[lut::TOKENS];
+        for (int64_t t = 0; t < n_tokens; ++t) {
+            int16_t * q = (int16_t *) (own + at.own_q) + t*n;
+            ((float *) (work + at.d))[t0 + t] = lut::quantize(get(t0 + t), n, q);
+            rows[t] = q;
+        }
+        lut::interleave(rows, n_tokens, n, (int16_t *) (work + at.q) + t0*n);
+    }
+}
+
+void mul_token_tables(const ggml_tensor * W, const ggml_tensor * s, int64_t n_vec, int64_t r0, int64_t r1,
+        const work_layout & at, const char * work, char * own, float * out) {
+    const int64_t n    = W->ne[0];
+    int32_t     * sums = (int32_t *) (own + at.sums);
+
+    for (int64_t t0 = 0; t0 < n_vec; t0 += lut::TOKENS) {
+        const float * d = (const float *) (work + at.d) + t0;
+        for (int64_t r = r0; r < r1; r += lut::ROW_BLOCK) {
+            const int64_t n_rows = std::min(lut::ROW_BLOCK, r1 - r);
+            lut::sum_rows_tokens((const uint8_t *) W->data + r*W->nb[1], W->nb[1], n_rows, (const int16_t *) (work + at.q) + t0*n, n,
+                    (int16_t *) (own + at.tables), sums);
+            float scale[lut::ROW_BLOCK];
+            for (int64_t j = 0; j < n_rows; ++j) {
+                scale[j] = get_scale(s, r + j);
+            }
+            for (int64_t t = 0; t < std::min(lut::TOKENS, n_vec - t0); ++t) {
+                for (int64_t j = 0; j < n_rows; ++j) {
+                    out[(t0 + t)*W->ne[1] + r + j] = scale[j]*d[t]*(float) sums[j*lut::TOKENS + t];
+                }
+            }
+        }
+    }
+}
+
+#endif
 
 } // namespace
 
@@ -435,32 +528,68 @@ void ggml_compute_forward_dbf_mul_mat(const ggml_compute_params * params, ggml_t
     const work_layout at(dst, nth);
     GGML_ASSERT(params->wsize >= at.total);
 
-    char     * work = (char *) GGML_PAD((uintptr_t) params->wdata, 64);
-    int8_t   * q    = (int8_t   *) (work + at.q);
-    vec_info * info = (vec_info *) (work + at.info);
-    float    * u    = (float    *) (work + at.u);
-    float    * row  = (float    *) (work + at.row + ith*at.nb_row);
-    float    * y    = (float    *) dst->data;
+    char  * work = (char *) GGML_PAD((uintptr_t) params->wdata, 64);
+    char  * own  = work + at.own + ith*at.nb_own;
+    float * u    = (float *) (work + at.u);
+    float * row  = (float *) (own + at.row);
+    float * y    = (float *) dst->data;
 
     int64_t k0, k1, o0, o1;
-    split_rows(k,     ith, nth, k0, k1);
-    split_rows(n_out, ith, nth, o0, o1);
+    split_rows(at.m, k,     ith, nth, k0, k1);
+    split_rows(at.m, n_out, ith, nth, o0, o1);
+
+    const auto scaled_x = [&](int64_t t) -> const float * {
+        scale_input(input_row(x, t), sb, row);
+        return row;
+    };
+    const auto middle = [&](int64_t t) -> const float * { return u + t*k; };
 
     if (params->use_ref) {
         for (int64_t t = 0; t < n_vec; ++t) {
-            scale_input(input_row(x, t), sb, row);
-            mul_signs_ref(B, sm, row, k0, k1, u + t*k);
+            mul_signs_ref(B, sm, scaled_x(t), k0, k1, u + t*k);
         }
         ggml_barrier(params->threadpool);
         for (int64_t t = 0; t < n_vec; ++t) {
-            mul_signs_ref(A, sa, u + t*k, o0, o1, y + t*n_out);
+            mul_signs_ref(A, sa, middle(t), o0, o1, y + t*n_out);
         }
         return;
     }
 
+#if defined(DBF_TABLES)
+    if (at.m == METHOD_TABLES) {
+        const char * first_of_a = (const char *) A->data + o0*A->nb[1];
+        mul_tables(B, sm, n_vec, scaled_x, k0, k1, first_of_a, at, own, u);
+        ggml_barrier(params->threadpool);
+        mul_tables(A, sa, n_vec, middle, o0, o1, first_of_a, at, own, y);
+        return;
+    }
+    if (at.m == METHOD_TOKEN_TABLES) {
+        interleave_tiles(n_vec, n_in, scaled_x, ith, nth, at, work, own);
+        ggml_barrier(params->threadpool);
+        mul_token_tables(B, sm, n_vec, k0, k1, at, work, own, u);
+        ggml_barrier(params->threadpool); // also: q is read to the end before it is overwritten
+        interleave_tiles(n_vec, k, middle, ith, nth, at, work, own);
+        ggml_barrier(params->threadpool);
+        mul_token_tables(A, sa, n_vec, o0, o1, at, work, own, y);
+        return;
+    }
+#endif
+
+    if (is_private(at.m, n_vec)) {
+        int8_t * q = (int8_t *) (own + at.own_q);
+        vec_info info;
+        quantize_vec(scaled_x(0), n_in, q, info);
+        mul_signs(B, sm, q, &info, 1, k0, k1, u);
+        ggml_barrier(params->threadpool);
+        quantize_vec(u, k, q, info);
+        mul_signs(A, sa, q, &info, 1, o0, o1, y);
+        return;
+    }
+
+    int8_t   * q    = (int8_t   *) (work + at.q);
+    vec_info * info = (vec_info *) (work + at.d);
     for (int64_t t = ith; t < n_vec; t += nth) {
-        scale_input(input_row(x, t), sb, row);
-        quantize_vec(row, n_in, q + t*2*plane_size(n_in), info[t]);
+        quantize_vec(scaled_x(t), n_in, q + t*2*plane_size(n_in), info[t]);
     }
     ggml_barrier(params->threadpool);
 
@@ -468,7 +597,7 @@ void ggml_compute_forward_dbf_mul_mat(const ggml_compute_params * params, ggml_t
     ggml_barrier(params->threadpool); // also: q is read to the end before it is overwritten
 
     for (int64_t t = ith; t < n_vec; t += nth) {
-        quantize_vec(u + t*k, k, q + t*2*plane_size(k), info[t]);
+        quantize_vec(middle(t), k, q + t*2*plane_size(k), info[t]);
     }
     ggml_barrier(params->threadpool);
 

@@ -1,0 +1,395 @@
+// Products with matrices of signs by table lookup, for CPUs with a byte shuffle: AVX2 and 64-bit NEON. Part of dbf.cpp.
+//
+// Four neighbouring signs of a row are a number from 0 to 15, and what they add up to with their four inputs is one of 16
+// sums. These are computed once for a vector; from then on a row costs one lookup for four signs. (The technique is known
+// from T-MAC, Wei et al. 2024; there it serves weights of 1 to 4 bits, and the file's layout is made for it.)
+//
+// The sums. Inputs are rounded to 16-bit integers q with one scale a vector, such that no sum of four magnitudes leaves 16
+// bits. The sum of four is then rounded once more, to T = sum/16, which has 12 bits: its error is that of inputs
+// with one bit more. All that follows is exact integer arithmetic, so that one token and many give the same result.
+//
+// One token: a lookup is a byte shuffle with the table in one register and 16 (or 2 x 16) rows in the other.
+//
+//            columns of signs, 8 to a byte                        rows
+//          c0  c1  c2 ... c15                                 r0  r1 ... r15
+//     r0  [ 16 bytes of a row ]                          c0  [ one byte of 16 rows ]
+//     r1  [                   ]     transposed in        c1  [                     ]    & 15, >> 4: two vectors of
+//     ..  [                   ]     registers: four      ..  [                     ]    indices, each into the tables
+//     r15 [                   ]     rounds of zips       c15 [                     ]    of its four columns
+//
+// T + 2048 is looked up as two digits of 6 bits, hi and lo. Four such digits fit a byte, so only every fourth result is
+// widened to 16 bits. Widening each of them, what full bytes would need, costs more than all the rest.
+//
+// Many tokens: the tables lie in L1 with the sums of 16 tokens side by side; a lookup is an address, followed by one
+// addition of 16-bit integers. That are 64 signs times tokens in an instruction, and nothing is multiplied.
+
+#pragma once
+
+#if defined(__AVX2__) || (defined(__aarch64__) && defined(__ARM_NEON))
+
+#define DBF_TABLES
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#else
+#include <arm_neon.h>
+#endif
+
+namespace dbf_tables {
+
+constexpr int     Q_MAX     = 32752;  // of the sum of four magnitudes: with the rounding of each it stays below 2^15 - 8
+constexpr int     T_SHIFT   = 4;
+// What is added before the shift that rounds. Always half a unit would round ties up, and that adds up over many columns;
+// so those of every other group of four are rounded down.
+constexpr int     HALF[2]   = { 8, 7 };
+constexpr int     T_ZERO    = 2048;   // added to T, so that digits are not negative
+constexpr int64_t TILE      = 128;    // columns of 16 bytes of signs
+constexpr int64_t MAX_COLS  = 4096;   // 4096/16 sums of four digits, at most 252 each, fit 16 bits
+constexpr int64_t TOKENS    = 16;     // that share a lookup
+constexpr int64_t ROW_BLOCK = 1024;   // rows whose sums for 16 tokens stay in L2 (64 KiB)
+
+// ---- vectors of both instruction sets: `bytes` hold one byte of each of ROWS rows
+
+#if defined(__AVX2__)
+
+using bytes = __m256i;
+
+constexpr int64_t ROWS = 32; // 16 in either half: shuffles and zips work on halves
+
+inline bytes load_rows(const uint8_t * w, size_t nb) {
+    const __m128i low  = _mm_loadu_si128((const __m128i *) w);
+    const __m128i high = _mm_loadu_si128((const __m128i *) (w + 16*nb));
+    return _mm256_inserti128_si256(_mm256_castsi128_si256(low), high, 1);
+}
+
+inline bytes zip_low (bytes a, bytes b) { return _mm256_unpacklo_epi8(a, b); }
+inline bytes zip_high(bytes a, bytes b) { return _mm256_unpackhi_epi8(a, b); }
+inline bytes add(bytes a, bytes b)      { return _mm256_add_epi8(a, b); }
+inline bytes low_digits (bytes a)       { return _mm256_and_si256(a, _mm256_set1_epi8(15)); }
+inline bytes high_digits(bytes a)       { return _mm256_and_si256(_mm256_srli_epi16(a, 4), _mm256_set1_epi8(15)); }
+
+inline bytes lookup(const uint8_t * table, bytes index) {
+    return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(_mm_load_si128((const __m128i *) table)), index);
+}
+
+// Sums of bytes in 16 bits. `all` adds pairs of bytes as they are and wraps around, `odd` the upper byte of each pair:
+// that is one operation less than to separate the bytes first.
+struct wide_sum {
+    __m256i all = _mm256_setzero_si256();
+    __m256i odd = _mm256_setzero_si256();
+
+    void add(bytes v) {
+        all = _mm256_add_epi16(all, v);
+        odd = _mm256_add_epi16(odd, _mm256_srli_epi16(v, 8));
+    }
+
+    void store(uint16_t * sums) const { // in the order of the rows
+        const __m256i even = _mm256_sub_epi16(all, _mm256_slli_epi16(odd, 8));
+        const __m256i low  = _mm256_unpacklo_epi16(even, odd);
+        const __m256i high = _mm256_unpackhi_epi16(even, odd);
+        _mm256_storeu_si256((__m256i *) sums,        _mm256_permute2x128_si256(low, high, 0x20));
+        _mm256_storeu_si256((__m256i *) (sums + 16), _mm256_permute2x128_si256(low, high, 0x31));
+    }
+};
+
+// the digits of the 16 sums of four columns: 16 bytes of lo, then 16 of hi
+inline void make_table(const int16_t * q, int half, uint8_t * table) {
+    int32_t q01, q23;
+    memcpy(&q01, q,     sizeof(q01));
+    memcpy(&q23, q + 2, sizeof(q23));
+    // sums 0-3 and 8-11 first, then 4-7 and 12-15: the order in which packs restores them
+    const __m256i sign01  = _mm256_setr_epi16(-1, -1, 1, -1, -1, 1, 1, 1, -1, -1, 1, -1, -1, 1, 1, 1);
+    const __m256i sign23a = _mm256_setr_epi16(-1, -1, -1, -1, -1, -1, -1, -1, -1, 1, -1, 1, -1, 1, -1, 1);
+    const __m256i sign23b = _mm256_setr_epi16(1, -1, 1, -1, 1, -1, 1, -1, 1, 1, 1, 1, 1, 1, 1, 1);
+    const __m256i sum01   = _mm256_madd_epi16(_mm256_set1_epi32(q01), sign01);
+    const __m256i sum_a   = _mm256_add_epi32(sum01, _mm256_madd_epi16(_mm256_set1_epi32(q23), sign23a));
+    const __m256i sum_b   = _mm256_add_epi32(sum01, _mm256_madd_epi16(_mm256_set1_epi32(q23), sign23b));
+
+    // with its top bit flipped a 16-bit sum is itself plus 2^15 = T_ZERO << T_SHIFT, and then unsigned
+    const __m256i zero    = _mm256_set1_epi16((int16_t) ((T_ZERO << T_SHIFT) + half));
+    const __m256i sums    = _mm256_add_epi16(_mm256_packs_epi32(sum_a, sum_b), zero);
+    const __m256i low     = _mm256_and_si256(_mm256_srli_epi16(sums, T_SHIFT), _mm256_set1_epi16(63));
+    const __m256i high    = _mm256_and_si256(_mm256_srli_epi16(sums, T_SHIFT - 2), _mm256_set1_epi16(63 << 8));
+    const __m256i part    = _mm256_setr_epi8(0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15,
+                                             0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15);
+    const __m256i digits  = _mm256_shuffle_epi8(_mm256_or_si256(low, high), part);
+    _mm256_storeu_si256((__m256i *) table, _mm256_permute4x64_epi64(digits, 0xd8));
+}
+
+// 16-bit integers of 16 tokens
+struct tokens16 {
+    __m256i v;
+};
+
+inline tokens16 load(const int16_t * p)                { return { _mm256_load_si256((const __m256i *) p) }; }
+inline void     store(int16_t * p, tokens16 a)         { _mm256_store_si256((__m256i *) p, a.v); }
+inline tokens16 add(tokens16 a, tokens16 b)            { return { _mm256_add_epi16(a.v, b.v) }; }
+inline tokens16 sub(tokens16 a, tokens16 b)            { return { _mm256_sub_epi16(a.v, b.v) }; }
+inline tokens16 shift_right(tokens16 a)                { return { _mm256_srai_epi16(a.v, T_SHIFT) }; }
+inline tokens16 set1(int16_t x)                        { return { _mm256_set1_epi16(x) }; }
+
+// sums[16] += a
+inline void add_to(int32_t * sums, tokens16 a) {
+    __m256i * s = (__m256i *) sums;
+    const __m256i low  = _mm256_cvtepi16_epi32(_mm256_castsi256_si128(a.v));
+    const __m256i high = _mm256_cvtepi16_epi32(_mm256_extracti128_si256(a.v, 1));
+    _mm256_store_si256(s,     _mm256_add_epi32(_mm256_load_si256(s),     low));
+    _mm256_store_si256(s + 1, _mm256_add_epi32(_mm256_load_si256(s + 1), high));
+}
+
+#else // NEON
+
+using bytes = uint8x16_t;
+
+constexpr int64_t ROWS = 16;
+
+inline bytes load_rows(const uint8_t * w, size_t) { return vld1q_u8(w); }
+
+inline bytes zip_low (bytes a, bytes b) { return vzip1q_u8(a, b); }
+inline bytes zip_high(bytes a, bytes b) { return vzip2q_u8(a, b); }
+inline bytes add(bytes a, bytes b)      { return vaddq_u8(a, b); }
+inline bytes low_digits (bytes a)       { return vandq_u8(a, vdupq_n_u8(15)); }
+inline bytes high_digits(bytes a)       { return vshrq_n_u8(a, 4); }
+
+inline bytes lookup(const uint8_t * table, bytes index) { return vqtbl1q_u8(vld1q_u8(table), index); }
+
+struct wide_sum {
+    uint16x8_t low  = vdupq_n_u16(0);
+    uint16x8_t high = vdupq_n_u16(0);
+
+    void add(bytes v) {
+        low  = vaddw_u8(low, vget_low_u8(v));
+        high = vaddw_high_u8(high, v);
+    }
+
+    void store(uint16_t * sums) const {
+        vst1q_u16(sums,     low);
+        vst1q_u16(sums + 8, high);
+    }
+};
+
+inline void make_table(const int16_t * q, int half, uint8_t * table) {
+    static const int16_t sign[3][8] = {
+        { -1,  1, -1,  1, -1,  1, -1,  1 },
+        { -1, -1,  1,  1, -1, -1,  1,  1 },
+        { -1, -1, -1, -1,  1,  1,  1,  1 },
+    };
+    int16x8_t sum = vdupq_n_s16((int16_t) ((T_ZERO << T_SHIFT) + half));
+    for (int i = 0; i < 3; ++i) {
+        sum = vmlaq_n_s16(sum, vld1q_s16(sign[i]), q[i]);
+    }
+    const int16x8_t  q3    = vdupq_n_s16(q[3]);
+    const uint16x8_t minus = vshrq_n_u16(vreinterpretq_u16_s16(vsubq_s16(sum, q3)), T_SHIFT);
+    const uint16x8_t plus  = vshrq_n_u16(vreinterpretq_u16_s16(vaddq_s16(sum, q3)), T_SHIFT);
+    vst1q_u8(table,      vandq_u8(vcombine_u8(vmovn_u16(minus), vmovn_u16(plus)), vdupq_n_u8(63)));
+    vst1q_u8(table + 16, vcombine_u8(vshrn_n_u16(minus, 6), vshrn_n_u16(plus, 6)));
+}
+
+struct tokens16 {
+    int16x8_t a, b;
+};
+
+inline tokens16 load(const int16_t * p)                { return { vld1q_s16(p), vld1q_s16(p + 8) }; }
+inline void     store(int16_t * p, tokens16 x)         { vst1q_s16(p, x.a); vst1q_s16(p + 8, x.b); }
+inline tokens16 add(tokens16 x, tokens16 y)            { return { vaddq_s16(x.a, y.a), vaddq_s16(x.b, y.b) }; }
+inline tokens16 sub(tokens16 x, tokens16 y)            { return { vsubq_s16(x.a, y.a), vsubq_s16(x.b, y.b) }; }
+inline tokens16 shift_right(tokens16 x)                { return { vshrq_n_s16(x.a, T_SHIFT), vshrq_n_s16(x.b, T_SHIFT) }; }
+inline tokens16 set1(int16_t x)                        { return { vdupq_n_s16(x), vdupq_n_s16(x) }; }
+
+inline void add_to(int32_t * sums, tokens16 x) {
+    vst1q_s32(sums,      vaddw_s16     (vld1q_s32(sums),      vget_low_s16(x.a)));
+    vst1q_s32(sums + 4,  vaddw_high_s16(vld1q_s32(sums + 4),  x.a));
+    vst1q_s32(sums + 8,  vaddw_s16     (vld1q_s32(sums + 8),  vget_low_s16(x.b)));
+    vst1q_s32(sums + 12, vaddw_high_s16(vld1q_s32(sums + 12), x.b));
+}
+
+#endif
+
+inline int64_t padded(int64_t n) {
+    return (n + TILE - 1)/TILE*TILE;
+}
+
+// v ~ d*T for sums of four; a vector with a NaN or an infinity gets d = NaN and q = 0
+inline float quantize(const float * v, int64_t n, int16_t * q) {
+    // The bits of positive floats order like integers, with infinity and NaN above all finite values: one max sees everything.
+    // Quarters, since the sum of four large numbers must not overflow.
+    uint32_t max_bits = 0;
+    for (int64_t i = 0; i < n; i += 4) {
+        const float sum = 0.25f*std::fabs(v[i])     + 0.25f*std::fabs(v[i + 1])
+                        + 0.25f*std::fabs(v[i + 2]) + 0.25f*std::fabs(v[i + 3]);
+        uint32_t bits;
+        memcpy(&bits, &sum, sizeof(bits));
+        max_bits = std::max(max_bits, bits & 0x7fffffff);
+    }
+    float max_sum;
+    memcpy(&max_sum, &max_bits, sizeof(max_sum));
+    const bool finite = max_bits < 0x7f800000;
+    if (!finite || max_sum < 1e-30f) { // below, 1/d overflows
+        memset(q, 0, n*sizeof(int16_t));
+        return finite ? 0.0f : NAN;
+    }
+    const float id = (Q_MAX/4)/max_sum;
+    for (int64_t i = 0; i < n; ++i) {
+        // adding 1.5*2^23 rounds to an integer in the low bits; unlike lrintf() this vectorizes
+        const float shifted = v[i]*id + 12582912.0f;
+        int32_t bits;
+        memcpy(&bits, &shifted, sizeof(bits));
+        q[i] = (int16_t) (bits - 0x4b400000);
+    }
+    return (1 << T_SHIFT)*max_sum/(Q_MAX/4);
+}
+
+// ---- one token
+
+constexpr size_t tables_size(int64_t n_padded) {
+    return n_padded/4*32;
+}
+
+inline void make_tables(const int16_t * q, int64_t n, uint8_t * tables) {
+    for (int64_t i = 0; i < n; i += 8) {
+        make_table(q + i,     HALF[0], tables + i/4*32);
+        make_table(q + i + 4, HALF[1], tables + i/4*32 + 32);
+    }
+    for (int64_t i = n; i < padded(n); i += 4) { // zero, whatever the signs behind the end of a row are
+        memset(tables + i/4*32,      0,           16);
+        memset(tables + i/4*32 + 16, T_ZERO >> 6, 16);
+    }
+}
+
+// Sums T of ROWS rows of signs, `nb` bytes apart. `n_rows` may be less than ROWS; nothing is read behind the last of them.
+// `next` is what will be read thereafter: ROWS rows are so many streams that no hardware prefetcher follows.
+inline void sum_rows(const uint8_t * w, size_t nb, int64_t n_rows, bool is_end, const uint8_t * tables, int64_t n,
+        const uint8_t * next, int32_t * sums) {
+    std::fill(sums, sums + ROWS, -(int32_t) (padded(n)/4*T_ZERO));
+
+    for (int64_t c0 = 0; c0 < n; c0 += MAX_COLS) {
+        wide_sum lo, hi;
+        const int64_t c1 = std::min(n, c0 + MAX_COLS);
+        for (int64_t c = c0; c < c1; c += TILE) {
+            for (int64_t i = 0; i < ROWS*TILE/8; i += 64) {
+#if defined(__GNUC__)
+                __builtin_prefetch(next + c/8*ROWS + i, 0, 2);
+#endif
+            }
+
+            const uint8_t * tile = w + c/8;
+            size_t nb_tile = nb;
+            uint8_t copy[ROWS*TILE/8];
+            if (n_rows < ROWS || (is_end && c + TILE > n)) {
+                memset(copy, 0, sizeof(copy));
+                for (int64_t r = 0; r < n_rows; ++r) {
+                    memcpy(copy + r*TILE/8, tile + r*nb, std::min(TILE, n - c)/8);
+                }
+                tile    = copy;
+                nb_tile = TILE/8;
+            }
+
+            bytes a[16], b[16];
+            for (int r = 0; r < 16; ++r) {
+                a[r] = load_rows(tile + r*nb_tile, nb_tile);
+            }
+            const auto zip = [](const bytes * from, bytes * to) {
+                for (int r = 0; r < 8; ++r) {
+                    to[2*r + 0] = zip_low (from[r], from[r + 8]);
+                    to[2*r + 1] = zip_high(from[r], from[r + 8]);
+                }
+            };
+            zip(a, b);
+            zip(b, a);
+            zip(a, b);
+            zip(b, a);
+
+            const uint8_t * t = tables + c*8;
+            for (int i = 0; i < 16; i += 2) {
+                const bytes i0 = low_digits(a[i]),     i1 = high_digits(a[i]);
+                const bytes i2 = low_digits(a[i + 1]), i3 = high_digits(a[i + 1]);
+                const uint8_t * p = t + i*64;
+                lo.add(add(add(lookup(p,      i0), lookup(p + 32, i1)), add(lookup(p + 64, i2), lookup(p + 96,  i3))));
+                hi.add(add(add(lookup(p + 16, i0), lookup(p + 48, i1)), add(lookup(p + 80, i2), lookup(p + 112, i3))));
+            }
+        }
+
+        uint16_t digits[2][ROWS];
+        lo.store(digits[0]);
+        hi.store(digits[1]);
+        for (int64_t r = 0; r < ROWS; ++r) {
+            sums[r] += 64*digits[1][r] + digits[0][r];
+        }
+    }
+}
+
+// ---- many tokens
+
+// q of 16 tokens, [n][16]. `rows` are the 16 vectors; those that are missing are zero.
+inline void interleave(const int16_t * const * rows, int64_t n_tokens, int64_t n, int16_t * q) {
+    for (int64_t i = 0; i < n; ++i) {
+        for (int64_t t = 0; t < TOKENS; ++t) {
+            q[i*TOKENS + t] = t < n_tokens ? rows[t][i] : 0;
+        }
+    }
+}
+
+// the sums T of `n_cols` columns, [n_cols/4][16 sums][16 tokens]
+inline void make_token_tables(const int16_t * q, int64_t n_cols, int16_t * tables) {
+    for (int64_t c = 0; c < n_cols; c += 4) {
+        const tokens16 half = set1(HALF[c/4 % 2]);
+        const tokens16 q0 = load(q + (c + 0)*TOKENS), q1 = load(q + (c + 1)*TOKENS);
+        const tokens16 q2 = load(q + (c + 2)*TOKENS), q3 = load(q + (c + 3)*TOKENS);
+        const tokens16 sum = add(q0, q1), dif = sub(q0, q1);
+        const tokens16 ends[4] = { sub(sub(half, q2), q3), sub(add(half, q2), q3), add(sub(half, q2), q3), add(add(half, q2), q3) };
+        for (int i = 0; i < 4; ++i) {
+            int16_t * t = tables + (c/4*16 + 4*i)*TOKENS;
+            store(t + 0*TOKENS, shift_right(sub(ends[i], sum)));
+            store(t + 1*TOKENS, shift_right(add(ends[i], dif)));
+            store(t + 2*TOKENS, shift_right(sub(ends[i], dif)));
+            store(t + 3*TOKENS, shift_right(add(ends[i], sum)));
+        }
+    }
+}
+
+// sums[n_rows][16] += T of 16 tokens over WORDS words of signs of each row
+template <int WORDS>
+inline void add_words(const uint8_t * w, size_t nb, int64_t n_rows, const int16_t * tables, int32_t * sums) {
+    for (int64_t r = 0; r < n_rows; ++r, w += nb, sums += TOKENS) {
+#if defined(__GNUC__)
+        __builtin_prefetch(w + 16*nb); // the stride of the rows is too long for the hardware
+#endif
+        for (int i0 = 0; i0 < WORDS; i0 += 2) { // 16 sums T of 12 bits fit 16 bits
+            tokens16 sum = set1(0);
+            for (int i = i0; i < std::min(WORDS, i0 + 2); ++i) {
+                uint32_t word;
+                memcpy(&word, w + 4*i, sizeof(word));
+                const uint64_t signs = (uint64_t) word << 5; // times 32, the bytes of a sum
+                const char * t = (const char *) (tables + i*8*16*TOKENS);
+                for (int j = 0; j < 8; ++j) {
+                    sum = add(sum, load((const int16_t *) (t + j*16*32 + ((signs >> 4*j) & (15 << 5)))));
+                }
+            }
+            add_to(sums, sum);
+        }
+    }
+}
+
+// the same for all n columns of the rows; `tables` has room for TILE columns
+inline void sum_rows_tokens(const uint8_t * w, size_t nb, int64_t n_rows, const int16_t * q, int64_t n, int16_t * tables, int32_t * sums) {
+    memset(sums, 0, n_rows*TOKENS*sizeof(int32_t));
+    for (int64_t c = 0; c < n; c += TILE) {
+        const int64_t n_cols = std::min(TILE, n - c);
+        make_token_tables(q + c*TOKENS, n_cols, tables);
+        switch (n_cols/32) {
+            case 4: add_words<4>(w + c/8, nb, n_rows, tables, sums); break;
+            case 3: add_words<3>(w + c/8, nb, n_rows, tables, sums); break;
+            case 2: add_words<2>(w + c/8, nb, n_rows, tables, sums); break;
+            case 1: add_words<1>(w + c/8, nb, n_rows, tables, sums); break;
+        }
+    }
+}
+
+} // namespace dbf_tables
+
+#endif
