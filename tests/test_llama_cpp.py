@@ -487,7 +487,7 @@ def test_lora_works_on_top(llama_bin, files, tmp_path):
     plain, _ = perplexity(llama_bin, files / "dbf.gguf", files)
     dbf, _ = perplexity(llama_bin, files / "dbf.gguf", files, *lora)
     dense, _ = perplexity(llama_bin, files / "dense.gguf", files, *lora)
-    assert dbf == pytest.approx(dense, rel=1e-3)
+    assert dbf == pytest.approx(dense, rel=3e-3)
     assert abs(dbf / plain - 1) > 1e-2
 
 
