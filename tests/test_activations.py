@@ -32,6 +32,7 @@ def test_rounding_is_within_half_a_step(name, n):
     v = torch.randn(3, n, generator=torch.Generator().manual_seed(n)) * torch.tensor([[1e-3], [1.0], [1e4]])
     largest = v.abs().amax(dim=1, keepdim=True)
     steps = {"fp16": 1 << 11, "int8": activations.ONE_PLANE, "int8 x 2": activations.TWO_PLANES}
+    steps["sums of 4"] = activations.SUM_OF_FOUR  # four times the largest at most, and half of that step
     bound = largest / steps[name.split(",")[0]]  # half a step, and half a step of the largest in a float's rounding
     assert ((activations.FORMS[name](v) - v).abs() <= bound).all()
     assert (activations.FORMS[name](torch.zeros(2, n)) == 0).all()

@@ -1,14 +1,14 @@
 // y = sa * (A @ (sm * (B @ (sb * x)))) with A and B matrices of signs (see ggml-dbf.h).
 //
 // Two fast paths. CPUs with a byte shuffle look up sums of four inputs: dbf-tables.h. The other one is here, and computes
-// single tokens with AVX-512 and everything on CPUs without such a shuffle.
+// a few tokens with AVX-512 and everything on CPUs without such a shuffle.
 //
 // How this one works. A vector v is rounded to 16-bit integers with one scale, v ~ d*q with |q| <= 127*256 + 127, and
 // q is kept as two planes of bytes, q = 256*hi + lo. With w the bits of a row of signs (1 = +1, 0 = -1),
 //
 //   row @ v = d * sum((2*w - 1)*q) = d * (2*S - sum(q)),    S = 256*sum(w*hi) + sum(w*lo)
 //
-// and both sums of S are plain u8 x s8 dot products, the thing that VNNI, AVX2 and NEON are good at. Expanding the bits of w
+// and both sums of S are plain u8 x s8 dot products, the thing that VNNI is good at. Expanding the bits of w
 // to bytes is what costs, so it is shared by both planes and by several tokens, and several rows share the loads of v.
 //
 // Two planes and not one: the factors multiply rounding errors of both products, and with 8 bits a token the logits of a
