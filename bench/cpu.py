@@ -11,7 +11,7 @@ type, and the share of the roof: bytes that a token reads, times tokens a second
 that the project has set itself. All figures go into cpu.json, the picture into cpu.png.
 
 --micro compiles the kernels for each instruction set that this CPU has and prints giga sign-weights a second, one
-thread, from L2 and from memory for one token, and times tokens for a block of them.
+thread, from the cache and from memory for one token, and times tokens for a block of them.
 
 Status 1 when a bar is missed or a program fails. On a busy machine threads wait for each other: look at the load first.
 """
@@ -73,7 +73,7 @@ INSTRUCTION_SETS = {
     "avx512vnni": InstructionSet(("-march=cascadelake",), ("avx512bw", "avx512_vnni")),
 }
 N_IN, K, N_OUT = 4096, 3072, 4096  # --micro: 1.5 bits
-MICRO = {"one token, from L2": (1, 1), "one token, from memory": (1, 256), "512 tokens": (512, 1)}  # tokens, MiB
+MICRO = {"one token, from cache": (1, 1), "one token, from memory": (1, 256), "512 tokens": (512, 1)}  # tokens, MiB
 
 
 @dataclass(frozen=True)

@@ -80,7 +80,8 @@ class Rows(nn.Module):
 def join_linears(model: nn.Module, setting: str) -> None:
     """Joins linears of a model in place, on whatever device they are; what has no such parts stays as it is."""
     for found in chosen(setting):
-        for parent in list(model.modules()):
+        # linears are not in the list: one that has been joined would live as long as it
+        for parent in [module for module in model.modules() if not isinstance(module, nn.Linear)]:
             children = dict(parent.named_children())
             if all(isinstance(children.get(part), nn.Linear) for part in found.parts):
                 _join(parent, children, found)
@@ -88,6 +89,8 @@ def join_linears(model: nn.Module, setting: str) -> None:
 
 def _join(parent: nn.Module, children: dict[str, nn.Module], found: Join) -> None:
     parts = [children[part] for part in found.parts]
+    if len({part.bias is None for part in parts}) > 1:
+        raise DBFError(f"--join: of {', '.join(found.parts)} only some have a bias; leave them separate")
     weight = torch.cat([part.weight.detach() for part in parts])
     bias = None if parts[0].bias is None else torch.cat([part.bias.detach() for part in parts])
     linear = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")

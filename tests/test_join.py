@@ -4,6 +4,7 @@ Run alone: pytest tests/test_join.py     (llama.cpp on joined files: test_famili
 """
 
 import copy
+import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -165,6 +166,23 @@ def test_windows_side_by_side(folder):
         wanted = [model(window[None]).logits for window in windows]
         found = list(pool.map(lambda window: torch.no_grad()(model)(window[None]).logits, windows))
     assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+
+
+def test_threads_keep_what_they_computed(folder):
+    """Two threads, each between the parts of one block: the joint linear is computed once for each, not again."""
+    mlp, calls, both = load_dense(folder, join=BOTH).model.layers[0].mlp, [], threading.Barrier(2)
+    mlp.gate_up_proj.register_forward_hook(lambda *_: calls.append(threading.get_ident()))
+
+    def one(x: torch.Tensor) -> torch.Tensor:
+        gate = mlp.gate_proj(x)
+        both.wait(timeout=60)
+        return torch.cat([gate, mlp.up_proj(x)], -1)
+
+    inputs = torch.randn(2, 3, 32)
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(one, inputs))
+    assert len(calls) == 2
+    assert all(torch.equal(y, mlp.gate_up_proj(x)) for x, y in zip(inputs, found, strict=True))
 
 
 def test_what_there_is_to_join(folder, tmp_path):

@@ -241,7 +241,7 @@ inline float quantize(const float * v, int64_t n, int16_t * q) {
         memcpy(&bits, &shifted, sizeof(bits));
         q[i] = (int16_t) (bits - 0x4b400000);
     }
-    return (1 << T_SHIFT)*max_sum/(Q_MAX/4);
+    return max_sum/(Q_MAX/4)*(1 << T_SHIFT); // in this order: max_sum may be nearly as large as a float can be
 }
 
 // ---- one token
@@ -261,7 +261,8 @@ inline void make_tables(const int16_t * q, int64_t n, uint8_t * tables) {
     }
 }
 
-// Sums T of ROWS rows of signs, `nb` bytes apart. `n_rows` may be less than ROWS; nothing is read behind the last of them.
+// Sums T of ROWS rows of signs, `nb` bytes apart. `n_rows` may be less than ROWS. A tile of the last row may be longer than the
+// row: what is read behind it has no effect, and with `is_end`, where the matrix may end there, nothing is read.
 // `next` is what will be read thereafter: ROWS rows are so many streams that no hardware prefetcher follows.
 inline void sum_rows(const uint8_t * w, size_t nb, int64_t n_rows, bool is_end, const uint8_t * tables, int64_t n,
         const uint8_t * next, int32_t * sums) {

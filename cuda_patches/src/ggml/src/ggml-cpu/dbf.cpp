@@ -419,7 +419,7 @@ struct work_layout {
 
 #if defined(DBF_TABLES)
 
-// few tokens, by one thread; `next` are the signs that come after these
+// few tokens, by one thread; `next` are the signs to prefetch behind the last of these
 template <typename Get>
 void mul_tables(const ggml_tensor * W, const ggml_tensor * s, int64_t n_vec, const Get & get, int64_t r0, int64_t r1,
         const void * next, const work_layout & at, char * own, float * out) {
@@ -437,9 +437,11 @@ void mul_tables(const ggml_tensor * W, const ggml_tensor * s, int64_t n_vec, con
         const int64_t   n_rows = std::min(lut::ROWS, r1 - r);
         const uint8_t * w      = (const uint8_t *) W->data + r*W->nb[1];
         const uint8_t * ahead  = r + n_rows < r1 ? w + n_rows*W->nb[1] : (const uint8_t *) next;
+        // rows shorter than a tile: there may be too few behind these to fill it
+        const bool      is_end = (W->ne[1] - r - n_rows)*(int64_t) W->nb[1] < lut::TILE/8;
         for (int64_t t = 0; t < n_vec; ++t) {
             int32_t sums[lut::ROWS];
-            lut::sum_rows(w, W->nb[1], n_rows, r + n_rows == W->ne[1], (const uint8_t *) own + at.tables + t*nb_tables, n, ahead, sums);
+            lut::sum_rows(w, W->nb[1], n_rows, is_end, (const uint8_t *) own + at.tables + t*nb_tables, n, ahead, sums);
             for (int64_t j = 0; j < n_rows; ++j) {
                 out[t*W->ne[1] + r + j] = get_scale(s, r + j)*d[t]*(float) sums[j];
             }
