@@ -36,7 +36,7 @@ struct options {
     std::string backend = "CPU";
     std::vector<std::string> cases;
     int64_t tokens     = 1;
-    int64_t rotate_mib = 512; // four times the L2 cache of an H200, five times that of an RTX 5090
+    int64_t rotate_mib = 512; // four times the L2 cache of an B200, five times that of an RTX 5090
     int64_t ops        = 64;
     int64_t reps       = 30;
     int64_t threads    = 0;

@@ -113,7 +113,7 @@ static __device__ __forceinline__ int dbf_dp4a(uint32_t a, uint32_t b, int c) {
 // ---- launches that overlap
 
 // From sm_90 on a kernel may be launched while the one before it still runs ("programmatic dependent launch", which ggml uses
-// for its own kernels). What does not depend on that one, the signs, is loaded before this wait; all else comes behind it.
+// for its own kernels). What does not depend on that one is loaded before this wait: the signs, weights that no kernel writes. All else comes behind.
 static __device__ __forceinline__ void dbf_wait_for_previous_kernel() {
 #if defined(DBF_ON_CPU)
     cuhost::wait_for_previous_grid();
@@ -161,19 +161,21 @@ static __device__ __forceinline__ const uint32_t * dbf_row(const dbf_args & args
 }
 
 // The words 4t..4t+3 of a step of a row. Behind its end any signs will do, because the input is 0 there; the last ones are
-// read again, and never a byte outside. Signs are read exactly once for a token, so they must not evict from the L2 cache what
-// every block reads, the input: hence __ldcs.
+// read again, and never a byte outside.
 // VECTOR: words in a load. 4 wants rows of a multiple of 16 bytes, 1 fits all.
-template <int VECTOR>
+// ONCE: the signs are read exactly once, so they must not evict from the L2 cache what every block reads, the input.
+template <int VECTOR, bool ONCE>
 static __device__ __forceinline__ uint4 dbf_load_signs(const uint32_t * row, int n_words, int step, int t) {
     const int first = step*DBF_STEP_WORDS + 4*t;
     const int last  = n_words - VECTOR;
     const auto at = [&](int i) { return row + min(first + i, last); };
 
     if (VECTOR == 4) {
-        return __ldcs((const uint4 *) at(0));
+        const uint4 * p = (const uint4 *) at(0);
+        return ONCE ? __ldcs(p) : *p;
     }
-    return make_uint4(__ldcs(at(0)), __ldcs(at(1)), __ldcs(at(2)), __ldcs(at(3)));
+    const auto word = [](const uint32_t * p) { return ONCE ? __ldcs(p) : *p; };
+    return make_uint4(word(at(0)), word(at(1)), word(at(2)), word(at(3)));
 }
 
 // ---- rounding the input
@@ -290,8 +292,9 @@ static __device__ __forceinline__ int dbf_plane_at(int step, int word, int half,
 
 // Rounds the part of the input that this warp will sum, steps first, first + stride, … below end, into shared memory.
 static __device__ __forceinline__ dbf_rounding dbf_round_slice(const dbf_args & args, int token, uint4 * planes, int begin, int end, int stride, int first, int lane) {
-    const int word = lane/2;
-    const int half = lane%2;
+    // not lane/2 and lane%2: so that the lanes that store together hit different banks
+    const int half = lane/16;
+    const int word = lane%4*4 + lane/4%4;
 
     uint32_t largest = 0;
     for (int step = first; step < end; step += stride) {
@@ -356,7 +359,8 @@ static __device__ __forceinline__ void dbf_dot_step(int (&acc)[4][4], const uint
 // Signs are loaded DBF_AHEAD steps ahead, over the ends of tiles. Two are 2 KB a warp and 32 KB a multiprocessor, which is what
 // it takes to hide the latency of an H100's memory.
 //
-// Input that does not fit is taken in chunks, and then rounded anew for every tile: slow, and needed only for n above 40,000.
+// Input that does not fit is taken in chunks, and then rounded anew for every tile: slow, and needed only for n above 24,000 on
+// sm_61, 31,000 on sm_75 and 49,000 on newer cards.
 // sm_61 to sm_72 (MMA = false) have the same order of work and a row of blocks for each token.
 template <int WARPS, int VECTOR, bool MMA>
 __global__ void __launch_bounds__(32*WARPS, DBF_DECODE_BLOCKS(WARPS)) dbf_decode(const dbf_args args) {
@@ -386,8 +390,8 @@ __global__ void __launch_bounds__(32*WARPS, DBF_DECODE_BLOCKS(WARPS)) dbf_decode
         if (ahead_tile >= n_tiles) {
             return;
         }
-        rows[0] = dbf_load_signs<VECTOR>(ahead_row[0], args.n_words, ahead_step, t);
-        rows[1] = dbf_load_signs<VECTOR>(ahead_row[1], args.n_words, ahead_step, t);
+        rows[0] = dbf_load_signs<VECTOR, true>(ahead_row[0], args.n_words, ahead_step, t);
+        rows[1] = dbf_load_signs<VECTOR, true>(ahead_row[1], args.n_words, ahead_step, t);
         ahead_step += WARPS;
         if (ahead_step >= n_steps) {
             ahead_step   = warp;
@@ -598,7 +602,7 @@ __global__ void __launch_bounds__(32*DBF_GEMM_WARPS, DBF_GEMM_BLOCKS) dbf_gemm(c
     DBF_UNROLL
     for (int r = 0; r < 4; ++r) {
         rows[r] = dbf_row(args, row0 + 8*r);
-        next[r] = dbf_load_signs<VECTOR>(rows[r], args.n_words, 0, t);
+        next[r] = dbf_load_signs<VECTOR, false>(rows[r], args.n_words, 0, t);
     }
     dbf_let_next_kernel_start();
     dbf_wait_for_previous_kernel();
@@ -613,7 +617,7 @@ __global__ void __launch_bounds__(32*DBF_GEMM_WARPS, DBF_GEMM_BLOCKS) dbf_gemm(c
         DBF_UNROLL
         for (int r = 0; r < 4; ++r) {
             row[r]  = next[r];
-            next[r] = dbf_load_signs<VECTOR>(rows[r], args.n_words, step + 1, t);
+            next[r] = dbf_load_signs<VECTOR, false>(rows[r], args.n_words, step + 1, t);
         }
         __syncthreads();
 

@@ -144,7 +144,10 @@ static inline const char * dbf_unsupported(const dbf_shape & s, const dbf_device
     if (device.cc < 610) {
         return "the GPU has no dp4a";
     }
-    if (s.n_in % DBF_WORD != 0 || s.k % DBF_WORD != 0 || s.n_in <= 0 || s.k <= 0 || s.n_out <= 0 || s.n_tokens <= 0) {
+    if (std::min(std::min(s.n_in, s.k), std::min(s.n_out, s.n_tokens)) <= 0) {
+        return "a dimension is empty";
+    }
+    if (s.n_in % DBF_WORD != 0 || s.k % DBF_WORD != 0) {
         return "n_in and k must be multiples of 32";
     }
     if (std::max(std::max(s.n_in, s.k), s.n_out/16) > (1 << 22)) {
