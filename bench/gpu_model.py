@@ -30,7 +30,6 @@ class Card:
     bandwidth: float  # GB/s
     sms: int
     clock: float  # GHz, boost
-    l2: int  # MB
     int8: int  # dense int8 multiply-adds a clock and SM, by mma.sync
     fp16: int  # dense fp16 ones with float32 accumulation, by mma.sync
     cublas: int  # and what cuBLAS can use
@@ -41,11 +40,11 @@ class Card:
 CARDS = {
     card.name: card
     for card in (
-        Card("RTX 3090", 936, 82, 1.695, 6, 1024, 256, 256, 1.1),
-        Card("RTX 4090", 1008, 128, 2.52, 72, 1024, 256, 256, 0.9),
-        Card("RTX 5090", 1792, 170, 2.407, 96, 1024, 256, 256, 0.9, early=True),
-        Card("A100", 2039, 108, 1.41, 40, 2048, 1024, 1024, 1.3),
-        Card("H100", 3352, 132, 1.83, 50, 2540, 1270, 2048, 1.1, early=True),  # mma.sync: 62 % of wgmma
+        Card("RTX 3090", 936, 82, 1.695, 1024, 256, 256, 1.1),
+        Card("RTX 4090", 1008, 128, 2.52, 1024, 256, 256, 0.9),
+        Card("RTX 5090", 1792, 170, 2.407, 1024, 256, 256, 0.9, early=True),
+        Card("A100", 2039, 108, 1.41, 2048, 1024, 1024, 1.3),
+        Card("H100", 3352, 132, 1.83, 2540, 1270, 2048, 1.1, early=True),  # mma.sync: 62 % of wgmma
     )
 }
 
@@ -351,7 +350,8 @@ def report() -> str:
 def find_card(description: str) -> Card | None:
     """The card that a device's own description names ("NVIDIA GeForce RTX 4090"), if the model knows it."""
     for card in CARDS.values():
-        if re.search(rf"\b{card.name}\b(?! (Ti|D|Laptop|SUPER))", description):
+        # not its relatives with other memory: 4090 D, H100 PCIe, A100-SXM4-40GB
+        if re.search(rf"\b{card.name}\b(?! (Ti|D|Laptop|SUPER|PCIe|NVL))(?!.*40GB)", description):
             return card
     return None
 

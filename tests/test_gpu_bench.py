@@ -503,6 +503,8 @@ def test_joined_linears():
         ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
         ("NVIDIA GeForce RTX 3090 Ti", None),
         ("NVIDIA GeForce RTX 4080", None),
+        ("NVIDIA H100 PCIe", None),
+        ("NVIDIA A100-PCIE-40GB", None),
     ],
 )
 def test_the_card_by_its_description(description, name):
