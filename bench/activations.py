@@ -11,7 +11,7 @@ rounded as each form has it:
     int8, N            the same with a scale for every N inputs
     int8 x 2, token    two planes, q = 256·hi + lo, one scale a token              d = max|v| / (127·256 + 127)
     int8 x 2, N slices two planes, a scale for each of N parts of the inputs: what a warp or a chunk sums
-    sums of 4, 12 bits one scale a token; what is rounded is every sum of four neighbours, to 12 bits
+    sums of 4, 14 bits one scale a token; what is rounded is every sum of four neighbours, to 14 bits
     fp16, token        half precision after scaling a token by a power of two
 
 The reference is the same model without rounding. Printed are the mean KL divergence a token from it and how much the
@@ -42,7 +42,7 @@ from dbf_gguf.source import resolve
 Rounding = Callable[[torch.Tensor], torch.Tensor]
 
 N_CTX = 512
-ONE_PLANE, TWO_PLANES, SUM_OF_FOUR = 127, 127 * 256 + 127, 2047
+ONE_PLANE, TWO_PLANES, SUM_OF_FOUR = 127, 127 * 256 + 127, 8188
 KLD_BOUND, PPL_BOUND = 1e-3, 1e-3
 
 
@@ -85,11 +85,11 @@ FORMS: dict[str, Rounding] = {
     "int8, 128": integers(ONE_PLANE, group=128),
     "int8, 32": integers(ONE_PLANE, group=32),
     "fp16, token": half,
-    "sums of 4, 12 bits": sums_of_four(SUM_OF_FOUR),
+    "sums of 4, 14 bits": sums_of_four(SUM_OF_FOUR),
     "int8 x 2, token": integers(TWO_PLANES),
     "int8 x 2, 8 slices": integers(TWO_PLANES, slices=8),
 }
-USED = ("sums of 4, 12 bits", "int8 x 2, token", "int8 x 2, 8 slices")
+USED = ("sums of 4, 14 bits", "int8 x 2, token", "int8 x 2, 8 slices")
 
 
 @contextmanager

@@ -5,7 +5,7 @@
 // from T-MAC, Wei et al. 2024; there it serves weights of 1 to 4 bits, and the file's layout is made for it.)
 //
 // The sums. Inputs are rounded to 16-bit integers q with one scale a vector, such that no sum of four magnitudes leaves 16
-// bits. The sum of four is then rounded once more, to T = sum/16, which has 12 bits: its error is that of inputs
+// bits. The sum of four is then rounded once more, to T = sum/4, which has 14 bits: its error is that of inputs
 // with one bit more. All that follows is exact integer arithmetic, so that one token and many give the same result.
 //
 // One token: a lookup is a byte shuffle with the table in one register and 16 (or 2 x 16) rows in the other.
@@ -17,11 +17,11 @@
 //     ..  [                   ]     registers: four      ..  [                     ]    indices, each into the tables
 //     r15 [                   ]     rounds of zips       c15 [                     ]    of its four columns
 //
-// T + 2048 is looked up as two digits of 6 bits, hi and lo. Four such digits fit a byte, so only every fourth result is
-// widened to 16 bits. Widening each of them, what full bytes would need, costs more than all the rest.
+// T + 8192 is looked up as two digits of 7 bits, hi and lo. Two such digits fit a byte, so only every second result is
+// widened to 16 bits. (With 12 bits, two digits of 6, it would be every fourth, an eighth faster; random models notice.)
 //
 // Many tokens: the tables lie in L1 with the sums of 16 tokens side by side; a lookup is an address, followed by one
-// addition of 16-bit integers. That are 64 signs times tokens in an instruction, and nothing is multiplied.
+// addition of 16-bit integers, of which every fourth is widened. Nothing is multiplied.
 
 #pragma once
 
@@ -43,13 +43,13 @@
 namespace dbf_tables {
 
 constexpr int     Q_MAX     = 32752;  // of the sum of four magnitudes: with the rounding of each it stays below 2^15 - 8
-constexpr int     T_SHIFT   = 4;
+constexpr int     T_SHIFT   = 2;
 // What is added before the shift that rounds. Always half a unit would round ties up, and that adds up over many columns;
 // so those of every other group of four are rounded down.
-constexpr int     HALF[2]   = { 8, 7 };
-constexpr int     T_ZERO    = 2048;   // added to T, so that digits are not negative
+constexpr int     HALF[2]   = { 2, 1 };
+constexpr int     T_ZERO    = 8192;   // added to T, so that digits are not negative
 constexpr int64_t TILE      = 128;    // columns of 16 bytes of signs
-constexpr int64_t MAX_COLS  = 4096;   // 4096/16 sums of four digits, at most 252 each, fit 16 bits
+constexpr int64_t MAX_COLS  = 2048;   // 2048/8 sums of two digits, at most 254 each, fit 16 bits
 constexpr int64_t TOKENS    = 16;     // that share a lookup
 constexpr int64_t ROW_BLOCK = 1024;   // rows whose sums for 16 tokens stay in L2 (64 KiB)
 
@@ -113,8 +113,8 @@ inline void make_table(const int16_t * q, int half, uint8_t * table) {
     // with its top bit flipped a 16-bit sum is itself plus 2^15 = T_ZERO << T_SHIFT, and then unsigned
     const __m256i zero    = _mm256_set1_epi16((int16_t) ((T_ZERO << T_SHIFT) + half));
     const __m256i sums    = _mm256_add_epi16(_mm256_packs_epi32(sum_a, sum_b), zero);
-    const __m256i low     = _mm256_and_si256(_mm256_srli_epi16(sums, T_SHIFT), _mm256_set1_epi16(63));
-    const __m256i high    = _mm256_and_si256(_mm256_srli_epi16(sums, T_SHIFT - 2), _mm256_set1_epi16(63 << 8));
+    const __m256i low     = _mm256_and_si256(_mm256_srli_epi16(sums, T_SHIFT), _mm256_set1_epi16(127));
+    const __m256i high    = _mm256_and_si256(_mm256_srli_epi16(sums, T_SHIFT - 1), _mm256_set1_epi16(127 << 8));
     const __m256i part    = _mm256_setr_epi8(0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15,
                                              0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15);
     const __m256i digits  = _mm256_shuffle_epi8(_mm256_or_si256(low, high), part);
@@ -133,14 +133,22 @@ inline tokens16 sub(tokens16 a, tokens16 b)            { return { _mm256_sub_epi
 inline tokens16 shift_right(tokens16 a)                { return { _mm256_srai_epi16(a.v, T_SHIFT) }; }
 inline tokens16 set1(int16_t x)                        { return { _mm256_set1_epi16(x) }; }
 
-// sums[16] += a
-inline void add_to(int32_t * sums, tokens16 a) {
-    __m256i * s = (__m256i *) sums;
-    const __m256i low  = _mm256_cvtepi16_epi32(_mm256_castsi256_si128(a.v));
-    const __m256i high = _mm256_cvtepi16_epi32(_mm256_extracti128_si256(a.v, 1));
-    _mm256_store_si256(s,     _mm256_add_epi32(_mm256_load_si256(s),     low));
-    _mm256_store_si256(s + 1, _mm256_add_epi32(_mm256_load_si256(s + 1), high));
-}
+// sums of 16 tokens in 32 bits
+struct wide_tokens {
+    __m256i low  = _mm256_setzero_si256();
+    __m256i high = _mm256_setzero_si256();
+
+    void add(tokens16 a) {
+        low  = _mm256_add_epi32(low,  _mm256_cvtepi16_epi32(_mm256_castsi256_si128(a.v)));
+        high = _mm256_add_epi32(high, _mm256_cvtepi16_epi32(_mm256_extracti128_si256(a.v, 1)));
+    }
+
+    void add_to(int32_t * sums) const {
+        __m256i * s = (__m256i *) sums;
+        _mm256_store_si256(s,     _mm256_add_epi32(_mm256_load_si256(s),     low));
+        _mm256_store_si256(s + 1, _mm256_add_epi32(_mm256_load_si256(s + 1), high));
+    }
+};
 
 #else // NEON
 
@@ -186,8 +194,8 @@ inline void make_table(const int16_t * q, int half, uint8_t * table) {
     const int16x8_t  q3    = vdupq_n_s16(q[3]);
     const uint16x8_t minus = vshrq_n_u16(vreinterpretq_u16_s16(vsubq_s16(sum, q3)), T_SHIFT);
     const uint16x8_t plus  = vshrq_n_u16(vreinterpretq_u16_s16(vaddq_s16(sum, q3)), T_SHIFT);
-    vst1q_u8(table,      vandq_u8(vcombine_u8(vmovn_u16(minus), vmovn_u16(plus)), vdupq_n_u8(63)));
-    vst1q_u8(table + 16, vcombine_u8(vshrn_n_u16(minus, 6), vshrn_n_u16(plus, 6)));
+    vst1q_u8(table,      vandq_u8(vcombine_u8(vmovn_u16(minus), vmovn_u16(plus)), vdupq_n_u8(127)));
+    vst1q_u8(table + 16, vcombine_u8(vshrn_n_u16(minus, 7), vshrn_n_u16(plus, 7)));
 }
 
 struct tokens16 {
@@ -201,12 +209,22 @@ inline tokens16 sub(tokens16 x, tokens16 y)            { return { vsubq_s16(x.a,
 inline tokens16 shift_right(tokens16 x)                { return { vshrq_n_s16(x.a, T_SHIFT), vshrq_n_s16(x.b, T_SHIFT) }; }
 inline tokens16 set1(int16_t x)                        { return { vdupq_n_s16(x), vdupq_n_s16(x) }; }
 
-inline void add_to(int32_t * sums, tokens16 x) {
-    vst1q_s32(sums,      vaddw_s16     (vld1q_s32(sums),      vget_low_s16(x.a)));
-    vst1q_s32(sums + 4,  vaddw_high_s16(vld1q_s32(sums + 4),  x.a));
-    vst1q_s32(sums + 8,  vaddw_s16     (vld1q_s32(sums + 8),  vget_low_s16(x.b)));
-    vst1q_s32(sums + 12, vaddw_high_s16(vld1q_s32(sums + 12), x.b));
-}
+struct wide_tokens {
+    int32x4_t s[4] = { vdupq_n_s32(0), vdupq_n_s32(0), vdupq_n_s32(0), vdupq_n_s32(0) };
+
+    void add(tokens16 x) {
+        s[0] = vaddw_s16     (s[0], vget_low_s16(x.a));
+        s[1] = vaddw_high_s16(s[1], x.a);
+        s[2] = vaddw_s16     (s[2], vget_low_s16(x.b));
+        s[3] = vaddw_high_s16(s[3], x.b);
+    }
+
+    void add_to(int32_t * sums) const {
+        for (int i = 0; i < 4; ++i) {
+            vst1q_s32(sums + 4*i, vaddq_s32(vld1q_s32(sums + 4*i), s[i]));
+        }
+    }
+};
 
 #endif
 
@@ -257,7 +275,7 @@ inline void make_tables(const int16_t * q, int64_t n, uint8_t * tables) {
     }
     for (int64_t i = n; i < padded(n); i += 4) { // zero, whatever the signs behind the end of a row are
         memset(tables + i/4*32,      0,           16);
-        memset(tables + i/4*32 + 16, T_ZERO >> 6, 16);
+        memset(tables + i/4*32 + 16, T_ZERO >> 7, 16);
     }
 }
 
@@ -310,8 +328,10 @@ inline void sum_rows(const uint8_t * w, size_t nb, int64_t n_rows, bool is_end, 
                 const bytes i0 = low_digits(a[i]),     i1 = high_digits(a[i]);
                 const bytes i2 = low_digits(a[i + 1]), i3 = high_digits(a[i + 1]);
                 const uint8_t * p = t + i*64;
-                lo.add(add(add(lookup(p,      i0), lookup(p + 32, i1)), add(lookup(p + 64, i2), lookup(p + 96,  i3))));
-                hi.add(add(add(lookup(p + 16, i0), lookup(p + 48, i1)), add(lookup(p + 80, i2), lookup(p + 112, i3))));
+                lo.add(add(lookup(p,      i0), lookup(p + 32,  i1)));
+                hi.add(add(lookup(p + 16, i0), lookup(p + 48,  i1)));
+                lo.add(add(lookup(p + 64, i2), lookup(p + 96,  i3)));
+                hi.add(add(lookup(p + 80, i2), lookup(p + 112, i3)));
             }
         }
 
@@ -319,7 +339,7 @@ inline void sum_rows(const uint8_t * w, size_t nb, int64_t n_rows, bool is_end, 
         lo.store(digits[0]);
         hi.store(digits[1]);
         for (int64_t r = 0; r < ROWS; ++r) {
-            sums[r] += 64*digits[1][r] + digits[0][r];
+            sums[r] += 128*digits[1][r] + digits[0][r];
         }
     }
 }
@@ -360,19 +380,21 @@ inline void add_words(const uint8_t * w, size_t nb, int64_t n_rows, const int16_
 #if defined(__GNUC__)
         __builtin_prefetch(w + 16*nb); // the stride of the rows is too long for the hardware
 #endif
-        for (int i0 = 0; i0 < WORDS; i0 += 2) { // 16 sums T of 12 bits fit 16 bits
-            tokens16 sum = set1(0);
-            for (int i = i0; i < std::min(WORDS, i0 + 2); ++i) {
-                uint32_t word;
-                memcpy(&word, w + 4*i, sizeof(word));
-                const uint64_t signs = (uint64_t) word << 5; // times 32, the bytes of a sum
-                const char * t = (const char *) (tables + i*8*16*TOKENS);
-                for (int j = 0; j < 8; ++j) {
+        wide_tokens wide;
+        for (int i = 0; i < WORDS; ++i) {
+            uint32_t word;
+            memcpy(&word, w + 4*i, sizeof(word));
+            const uint64_t signs = (uint64_t) word << 5; // times 32, the bytes of a sum
+            const char * t = (const char *) (tables + i*8*16*TOKENS);
+            for (int j0 = 0; j0 < 8; j0 += 4) { // four sums T of 14 bits fit 16 bits
+                tokens16 sum = set1(0);
+                for (int j = j0; j < j0 + 4; ++j) {
                     sum = add(sum, load((const int16_t *) (t + j*16*32 + ((signs >> 4*j) & (15 << 5)))));
                 }
+                wide.add(sum);
             }
-            add_to(sums, sum);
         }
+        wide.add_to(sums);
     }
 }
 
