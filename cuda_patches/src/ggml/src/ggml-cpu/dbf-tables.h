@@ -18,7 +18,7 @@
 //     r15 [                   ]     rounds of zips       c15 [                     ]    of its four columns
 //
 // T + 8192 is looked up as two digits of 7 bits, hi and lo. Two such digits fit a byte, so only every second result is
-// widened to 16 bits. (With 12 bits, two digits of 6, it would be every fourth, an eighth faster; random models notice.)
+// widened to 16 bits. (With 12 bits, two digits of 6, it would be every fourth, some 6 % faster; random models notice.)
 //
 // Many tokens: the tables lie in L1 with the sums of 16 tokens side by side; a lookup is an address, followed by one
 // addition of 16-bit integers, of which every fourth is widened. Nothing is multiplied.
