@@ -15,9 +15,11 @@ struct test_dbf_mul_mat : public test_case {
         return VARS_TO_STR6(type_s, n_in, k, n_out, ne, view);
     }
 
-    // 16-bit activations are off by 1e-9, the CPU's sums of four in 14 bits by 4e-8, 8-bit activations by 1e-4: the last must not pass
-    double max_nmse_err() override {
-        return 1e-7;
+    // 16-bit activations are off by 1e-9, 8-bit ones by 1e-4: the latter must not pass. The CPU's sums of four in 14 bits are off
+    // by 4e-8, in the few outputs of the smallest shapes by up to several times that.
+    double max_nmse_err(ggml_backend_t backend) override {
+        const ggml_backend_reg_t reg = ggml_backend_dev_backend_reg(ggml_backend_get_device(backend));
+        return strcmp(ggml_backend_reg_name(reg), "CPU") == 0 ? 5e-7 : 1e-7;
     }
 
     uint64_t op_flops(ggml_tensor * t) override {
