@@ -573,7 +573,7 @@ __global__ void __launch_bounds__(32*DBF_ROUND_WARPS) dbf_round(const dbf_args a
 
 // Several tokens: a block of 4 warps computes 128 rows x 8*TILES columns. Each warp has 32 rows, for which it turns signs into
 // bytes (or fp16) once and uses them for all columns; the block shares the inputs of a step in shared memory. The signs are
-// shifted here and not masked in place: the shifts are shared by all columns, eight sets of accumulators would not be.
+// shifted here and not masked in place: the shifts are shared by all columns, four sets of accumulators would not be.
 template <int TILES, int VECTOR, bool F16>
 __global__ void __launch_bounds__(32*DBF_GEMM_WARPS, DBF_GEMM_BLOCKS) dbf_gemm(const dbf_args args) {
     if (!DBF_HAS_MMA) {
