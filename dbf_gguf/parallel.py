@@ -16,6 +16,7 @@ Without a launcher there is one process: torch.distributed is left alone, and al
 
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -48,7 +49,11 @@ def is_main() -> bool:
 
 @contextmanager
 def together() -> Iterator[None]:
-    """Within, the processes of a launcher are one group. Of all that they raise only the first comes out."""
+    """Within, the processes of a launcher are one group. Of all that they raise only the first comes out.
+
+    All but the first end here. They do so at once, without Python's own end: a thread of gloo's that still lets go of
+    the last exchange when the interpreter has gone aborts the process, and the launcher then ends the first as well.
+    """
     _join()
     try:
         yield
@@ -57,6 +62,10 @@ def together() -> Iterator[None]:
             raise
         time.sleep(LAST_WORDS)
         raise SystemExit(1) from None
+    if not is_main():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
 
 
 def _join() -> None:

@@ -2,9 +2,11 @@
 
     python -m pytest tests/test_parallel.py
 
-As a program, which a launcher starts twice, this file runs the stages, or a convert whose second process fails.
+As a program, which a launcher starts twice, this file runs the stages, or a convert whose second process fails: in the
+factorization, or at Python's own end.
 """
 
+import atexit
 import contextlib
 import hashlib
 import json
@@ -235,6 +237,14 @@ def test_an_error_of_the_second_ends_both_with_one_line(pair, model, text, tmp_p
     assert not (tmp_path / "tiny.gguf").exists()
 
 
+def test_the_second_ends_without_pythons_own_end(pair, model, text, tmp_path):  # noqa: F811
+    """There it may abort for want of the interpreter (a thread of gloo's did), while the first makes the file."""
+    output = tmp_path / "tiny.gguf"
+    shutil.copytree(pair[1], tmp_path / "tiny-work")
+    assert "written " in ended(launch(__file__, "abort", *converts(model, text, output, "--resume")))
+    assert output.read_bytes() == pair[0].read_bytes()
+
+
 def test_an_error_of_both_is_one_line(model, text, tmp_path):  # noqa: F811
     arguments = converts(model, text, tmp_path / "tiny.gguf", "--device", "abacus")
     assert "torch finds no device abacus" in fails(launch("-m", "dbf_gguf", *arguments))
@@ -272,7 +282,10 @@ if __name__ == "__main__":
             stages(*map(Path, sys.argv[2:]))
             parallel.leave()
     else:
-        del sys.argv[1]
         if os.environ["RANK"] == "1":
-            pipeline.factorize = fault
+            if sys.argv[1] == "fail":
+                pipeline.factorize = fault
+            else:
+                atexit.register(os.abort)
+        del sys.argv[1]
         cli.main()
