@@ -51,8 +51,8 @@ def is_main() -> bool:
 def together() -> Iterator[None]:
     """Within, the processes of a launcher are one group. Of all that they raise only the first comes out.
 
-    All but the first end here. They do so at once, without Python's own end: a thread of gloo's that still lets go of
-    the last exchange when the interpreter has gone aborts the process, and the launcher then ends the first as well.
+    All but the first end here. They do so at once, without Python's own end: one aborted there, it seems by a thread of
+    gloo's that still let go of the last exchange, and the launcher then ends the first as well.
     """
     _join()
     try:

@@ -238,7 +238,7 @@ def test_an_error_of_the_second_ends_both_with_one_line(pair, model, text, tmp_p
 
 
 def test_the_second_ends_without_pythons_own_end(pair, model, text, tmp_path):  # noqa: F811
-    """There it may abort for want of the interpreter (a thread of gloo's did), while the first makes the file."""
+    """There it may abort for want of the interpreter (one did), while the first makes the file."""
     output = tmp_path / "tiny.gguf"
     shutil.copytree(pair[1], tmp_path / "tiny-work")
     assert "written " in ended(launch(__file__, "abort", *converts(model, text, output, "--resume")))
