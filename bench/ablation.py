@@ -18,7 +18,9 @@ from pathlib import Path
 
 from commands import StepFailed, dbf_gguf, heading
 
-FULL = {"--blocks": "signs", "--tune": "signs", "--budget": "adaptive"}
+from dbf_gguf.join import ALL, NONE
+
+FULL = {"--blocks": "signs", "--tune": "signs", "--budget": "adaptive", "--join": ALL}
 ARMS = {  # name of what is missing -> options in the place of those of the full one
     "nothing": {},
     "importance": {"--no-importance": None},
@@ -28,6 +30,7 @@ ARMS = {  # name of what is missing -> options in the place of those of the full
     "distillation": {"--tune": "none"},
     "signs in distillation": {"--tune": "scales"},
     "adaptive budget": {"--budget": "uniform"},
+    "joint linears": {"--join": NONE},
 }
 
 

@@ -30,8 +30,8 @@ JOINS = {
     "qkv": Join("qkv_proj", ("q_proj", "k_proj", "v_proj"), "attn_qkv", ("attn_q", "attn_k", "attn_v")),
     "gate_up": Join("gate_up_proj", ("gate_proj", "up_proj"), "ffn_gate_up", ("ffn_gate", "ffn_up")),
 }
-NONE = "none"
-CHOICES = (NONE, "qkv", "gate_up", "qkv,gate_up")  # of the option, and of the setting in a work folder
+NONE, ALL = "none", "qkv,gate_up"
+CHOICES = (NONE, "qkv", "gate_up", ALL)  # of the option, and of the setting in a work folder
 
 
 def effective(setting: str, linears: Iterable[str], files: Container[str]) -> str:

@@ -44,7 +44,7 @@ def test_each_arm_lacks_one_thing(monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "argv", ["ablation", "tiny", "--out", str(tmp_path)])
     assert ablation.main() == 0 and len(commands) == len(ablation.ARMS)
     full = commands.pop("nothing-work")
-    assert full[-6:] == ["--blocks", "signs", "--tune", "signs", "--budget", "adaptive"]
+    assert full[-8:] == ["--blocks", "signs", "--tune", "signs", "--budget", "adaptive", "--join", "qkv,gate_up"]
     for name, command in commands.items():
         assert command != full and len(set(command) ^ set(full)) <= 4, name
     assert (tmp_path / "ablation.json").exists()

@@ -31,7 +31,8 @@ from dbf_gguf.source import ModelSource, resolve
 from dbf_gguf.verify import check_format, check_work
 
 OPTIONS = "--bits 2 --calib-sequences 4 --seq-len 64 --iterations 12 --block-tokens 2048 --tune-tokens 30720"
-OPTIONS = [*OPTIONS.split(), "--tune-lr", "5e-3", "--threads", "2", "--device", "cpu", "--eval-windows", "0"]
+OPTIONS += " --join none --tune-lr 5e-3 --threads 2 --device cpu --eval-windows 0"
+OPTIONS = OPTIONS.split()
 LINEAR = re.compile(r"blk\.\d+\.\w+ +k=\d+ +\d\.\d\d bits  err 0\.\d{4}  \d+\.\d s")
 
 
@@ -666,13 +667,15 @@ def test_adaptive_budget(model, text, tmp_path, monkeypatch, capsys, patched_tre
 
 
 def test_joined_linears_with_everything_else(model, text, tmp_path, monkeypatch, capsys):
-    """A size, an adaptive budget, signs trained in blocks and in the whole; another --join is refused afterwards."""
+    """As they are by default, with a size, an adaptive budget, signs trained in blocks and in the whole; another --join
+    is refused afterwards."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(pipeline, "check_convertible", lambda folder, tree: None)  # seconds, and tested above
     more = "--budget adaptive --blocks signs --tune signs --iterations 3 --size 55000 -o joined.gguf"
     more += " --tune-tokens 8192 --threads 1"
-    arguments = ["convert", model, "--calib", text, *OPTIONS[2:], *more.split()]
-    monkeypatch.setattr(sys, "argv", ["dbf-gguf", *map(str, arguments), "--join", "qkv,gate_up"])
+    by_default = [option for option in OPTIONS[2:] if option not in ("--join", "none")]
+    arguments = ["convert", model, "--calib", text, *by_default, *more.split()]
+    monkeypatch.setattr(sys, "argv", ["dbf-gguf", *map(str, arguments)])
     cli.main()
     printed = capsys.readouterr().out
     assert re.search(r"blk\.0\.attn_qkv +k=", printed) and re.search(r"blk\.1\.ffn_gate_up +k=", printed)

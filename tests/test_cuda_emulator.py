@@ -25,6 +25,7 @@ DEFECTS = {
     "no barrier before shared memory is written again": {"tsan": "data race"},
     "blocks add to one place": {"tsan": "data race"},
     "early launch that does not wait": {"tsan": "data race"},
+    "no barrier after an early launch that waits": {"tsan": "data race"},
     **{
         name: dict.fromkeys(BUILDS, message)
         for name, message in {

@@ -82,9 +82,10 @@ JOINED = {  # --join; phi3 has nothing that could be joined
     "phi3": "qkv,gate_up",
     "llama-joined": "qkv,gate_up",
     "qwen2-yarn": "qkv,gate_up",
-    "qwen3-joined": "qkv",
+    "qwen3-joined": "qkv,gate_up",
+    "llama-tied": "qkv",
 }
-N_LINEARS = {"phi3": 4, "llama-joined": 4, "qwen2-yarn": 4, "qwen3-joined": 5}
+N_LINEARS = {"phi3": 4, "llama-joined": 4, "qwen2-yarn": 4, "qwen3-joined": 4, "llama-tied": 5}
 TUNED = ("qwen2", "qwen3")
 TUNE = ["--tune", "scales", "--tune-tokens", "20480"]
 BOUND = 1e-2  # nats; the largest difference measured is 4e-3

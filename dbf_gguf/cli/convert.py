@@ -9,7 +9,7 @@ from pathlib import Path
 import click
 
 from ..errors import DBFError
-from ..join import CHOICES, NONE
+from ..join import ALL, CHOICES
 
 GROUPS = {
     "Basic": ("bits", "size", "effort", "output", "work", "resume"),
@@ -99,7 +99,7 @@ Example:
 @click.option(
     "--join",
     type=click.Choice(CHOICES),
-    default=NONE,
+    default=ALL,
     show_default=True,
     help="Linears that read the same input, compressed and computed as one: q, k and v; gate and up.",
 )

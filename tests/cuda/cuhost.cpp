@@ -179,8 +179,10 @@ void acquire(void * tag) {
 }
 
 // Barriers take turns with two tags: with one, a thread that is late to leave a barrier would acquire what the fast ones
-// released on their arrival at the next.
-char launch_tag, end_tag, barrier_tags[2], warp_tags[MAX_THREADS/32][2];
+// released on their arrival at the next. So do the ends of grids: with one, a thread that waits for the previous grid would
+// acquire the ends of those threads of its own grid that are done already.
+char launch_tag, end_tags[2], barrier_tags[2], warp_tags[MAX_THREADS/32][2];
+unsigned n_grids;  // launched so far; the last one's end has the tag end_tags[n_grids % 2]
 
 void fiber_main() {
 #ifdef CUHOST_ASAN
@@ -188,7 +190,7 @@ void fiber_main() {
 #endif
     acquire(&launch_tag);
     kernel_body(kernel_arg);
-    release(&end_tag);
+    release(&end_tags[n_grids % 2]);
     if (at_barrier > 0) {
         fail("thread exits while others wait in __syncthreads");
     }
@@ -318,7 +320,9 @@ char * shared_memory() {
 }
 
 void synchronize() {
-    acquire(&end_tag);
+    for (char & tag : end_tags) {
+        acquire(&tag);
+    }
     for (unsigned i = 0; i < n_garbage; ++i) {
         free(garbage[i]);
     }
@@ -331,7 +335,7 @@ void keep_until_synchronize(void * memory) {
 }
 
 void wait_for_previous_grid() {
-    acquire(&end_tag);
+    acquire(&end_tags[(n_grids - 1) % 2]);
 }
 
 void launch(dim3 grid, dim3 block, size_t shared_bytes, start when, void (*body)(void *), void * arg) {
@@ -345,6 +349,7 @@ void launch(dim3 grid, dim3 block, size_t shared_bytes, start when, void (*body)
     if (when == start::in_order) {
         synchronize();
     }
+    n_grids++;
     gridDim     = grid;
     blockDim    = block;
     kernel_body = body;

@@ -143,6 +143,19 @@ static std::map<std::string, std::function<void()>> kernels() {
             }, cuhost::start::early);
         };
     }
+    // the wait orders the grids, not the threads of one of them
+    k["no barrier after an early launch that waits"] = [=] {
+        cuhost::launch(1, 64, 0, [=] { o[threadIdx.x] = 1; });
+        cuhost::launch(1, 64, 64*sizeof(int), [=] {
+            int * s = shared_ints();
+            if (threadIdx.x < 32) {
+                s[threadIdx.x] = a[threadIdx.x];
+            } else {
+                cuhost::wait_for_previous_grid();
+                o[threadIdx.x] = s[63 - threadIdx.x];
+            }
+        }, cuhost::start::early);
+    };
     k["blocks add to one place"] = [=] {
         cuhost::launch(4, 32, 0, [=] {
             if (threadIdx.x == 0) {
