@@ -42,7 +42,7 @@ from dbf_gguf import llama_cpp
 from dbf_gguf.errors import DBFError
 from dbf_gguf.gguf_file import GGUFFile
 
-TYPES = ("Q4_0", "Q2_K", "IQ2_XXS", "IQ1_S", "Q1_0")
+TYPES = ("Q4_0", "Q2_K", "TQ2_0", "TQ1_0", "IQ2_XXS", "IQ1_S", "Q1_0")
 BITS = (1.0, 1.5, 2.0)
 PARTS = ("decode", "decode, 1 thread", "prefill")
 FASTEST = "the fastest type"
@@ -64,11 +64,12 @@ WIDE_FASTEST = 1.8
 class InstructionSet:
     flags: tuple[str, ...]
     needs: tuple[str, ...]  # flags in /proc/cpuinfo
+    layouts: tuple[str, ...] = ("rows",)  # of the signs in memory: as in the file, or as the loader puts them
 
 
 INSTRUCTION_SETS = {
     "generic": InstructionSet((), ()),
-    "avx2": InstructionSet(("-mavx2", "-mfma", "-mf16c"), ("avx2", "fma", "f16c")),
+    "avx2": InstructionSet(("-mavx2", "-mfma", "-mf16c"), ("avx2", "fma", "f16c"), ("tiles", "rows")),
     "avx512": InstructionSet(("-march=skylake-avx512",), ("avx512bw", "avx512dq", "avx512vl")),
     "avx512vnni": InstructionSet(("-march=cascadelake",), ("avx512bw", "avx512_vnni")),
 }
@@ -139,12 +140,13 @@ def micro() -> list[dict]:
         for name in filter(available, INSTRUCTION_SETS):
             program = Path(folder) / name
             compile_kernels(name, llama_cpp.source_tree(), libraries, program)
-            row = {"instructions": name}
-            for what, (tokens, mib) in MICRO.items():
-                command = [program, N_IN, K, N_OUT, tokens, 1, mib]
-                row[what] = float(subprocess.check_output(list(map(str, command)), text=True))
-            rows.append(row)
-            print(json.dumps(row), flush=True)
+            for layout in INSTRUCTION_SETS[name].layouts:
+                row = {"instructions": name, "signs in": layout}
+                for what, (tokens, mib) in MICRO.items():
+                    command = [program, layout, N_IN, K, N_OUT, tokens, 1, mib]
+                    row[what] = float(subprocess.check_output(list(map(str, command)), text=True))
+                rows.append(row)
+                print(json.dumps(row), flush=True)
     return rows
 
 
@@ -180,7 +182,7 @@ class Bench:
         for name, (kind, bits) in self.settings.models.items():
             path = self.path(name)
             print(f"writing {path}", flush=True)
-            synthetic.write(path, self.settings.shape, kind, bits)
+            synthetic.write(path, self.settings.shape, kind, bits, join=True)  # as convert does
             with GGUFFile(path) as file:  # all but the embeddings, of which a token reads one row
                 embeddings = sum(t.nbytes for key, t in file.tensors.items() if key == "token_embd.weight")
                 self.read[name] = file.size - file.data_start - embeddings
@@ -337,8 +339,8 @@ def main(argv: list[str]) -> int:
         if arguments.micro:
             rows = micro()
             heading(f"giga sign-weights a second, one thread of {cpu_name()}")
-            cells = [[row["instructions"], *(f"{row[what]:.1f}" for what in MICRO)] for row in rows]
-            print(markdown([["instructions", *MICRO], *cells]))
+            cells = [[row["instructions"], row["signs in"], *(f"{row[what]:.1f}" for what in MICRO)] for row in rows]
+            print(markdown([["instructions", "signs in", *MICRO], *cells]))
             return 0
         if importlib.util.find_spec("matplotlib") is None:
             raise DBFError("matplotlib missing: pip install -e '.[bench]'")

@@ -8,7 +8,7 @@ How fast a model runs depends on shapes and types, not on what the weights are. 
 linears are DBF factors of the widths that `convert --budget uniform` gives them, or some type of llama.cpp for
 comparison, filled with random bits. The scales are such that activations keep their size from layer to layer: nothing
 overflows, and the logits of two programs that run the file can be compared. Every bit pattern is a valid weight in
-these types, hence a block is random bytes with a scale at the right place (BLOCKS). The tokenizer is of SentencePiece's
+nearly all of these types, hence a block is random bytes (BYTES) with a scale at the right place (BLOCKS). The tokenizer is of SentencePiece's
 kind and knows single characters and pairs of letters, enough for any text to be read.
 
 The file is written front to back from one pool of random blocks, so memory does not grow with the model.
@@ -51,7 +51,11 @@ BLOCKS = {
     "IQ2_XXS": ({0: 1.0}, 53.4),
     "IQ1_S": ({0: 1.0}, 7.4),
     "Q1_0": ({0: 1.0}, 1.0),
+    "TQ1_0": ({52: 1.0}, math.sqrt(2 / 3)),
+    "TQ2_0": ({64: 1.0}, math.sqrt(2 / 3)),
 }
+# The bytes that may occur where not all may: a weight of TQ2_0 is one of three, in two bits
+BYTES = {"TQ2_0": np.array([x for x in range(256) if all(x >> at & 3 != 3 for at in (0, 2, 4, 6))], np.uint8)}
 TYPES = ("DBF", "F16", *BLOCKS)
 
 
@@ -190,6 +194,7 @@ def plans(
 ) -> list[Plan]:
     """All tensors of a model in the order of the file; `write` says what the arguments are."""
     n_embd = shape.n_embd
+    join = join and kind == "DBF"
     result = [Plan("token_embd.weight", embedding_type, (n_embd, shape.n_vocab), 1.0)]
     result.append(Plan("output_norm.weight", "F32", (n_embd,), 1.0))
     result.append(Plan("output.weight", output_type, (n_embd, shape.n_vocab), LOGITS / math.sqrt(n_embd)))
@@ -231,7 +236,8 @@ class Pools:
             values = self.rng.standard_normal(POOL // 8, dtype=np.float32) * np.float32(size)
             return values.astype(dtype).view(np.uint8).reshape(len(values), -1)
         block_bytes = TENSOR_TYPES[TYPE_IDS[kind]][2]
-        pool = self.rng.integers(0, 256, (POOL // block_bytes, block_bytes), np.uint8)
+        allowed = BYTES.get(kind, np.arange(256, dtype=np.uint8))
+        pool = allowed[self.rng.integers(0, len(allowed), (POOL // block_bytes, block_bytes), np.uint8)]
         scales, deviation = BLOCKS.get(kind, ({}, 1.0))
         for at, factor in scales.items():
             scale = np.float16(factor * size / deviation)
@@ -377,7 +383,12 @@ def main(argv: list[str]) -> int:
     parser.add_argument("-o", "--output", type=Path, required=True, help="the GGUF file")
     parser.add_argument("--type", type=str.upper, choices=TYPES, default="DBF", help="of the linears (default: DBF)")
     parser.add_argument("--bits", type=float, default=2.0, help="of DBF, a weight (default: %(default)s)")
-    parser.add_argument("--join", action="store_true", help="of DBF: as with convert --join qkv,gate_up")
+    parser.add_argument(
+        "--join",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="of DBF: those that read the same input as one linear, as convert makes them (default: yes)",
+    )
     parser.add_argument("--layers", type=int, help="blocks (default: all)")
     others = [name for name in TYPES if name != "DBF"]
     for part in ("embedding", "output"):

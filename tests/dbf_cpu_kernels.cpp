@@ -3,8 +3,9 @@
 // dbf.cpp of the patched tree once for each. Prints the largest normalized mean squared error; exit status 1 on failure.
 //
 // `dbf_cpu_kernels quick` leaves out what takes long in an emulator.
-// `dbf_cpu_kernels N_IN K N_OUT TOKENS THREADS MIB` times instead: giga sign-weights a second (times tokens) of linears of
-// this shape, in turn as many as fill MIB of memory. bench/cpu.py --micro makes a table of it.
+// `dbf_cpu_kernels LAYOUT N_IN K N_OUT TOKENS THREADS MIB` times instead: giga sign-weights a second (times tokens) of linears
+// of this shape, in turn as many as fill MIB of memory. LAYOUT: `rows`, as in a file, or `tiles`, where that is faster.
+// bench/cpu.py --micro makes a table of it.
 
 #include "dbf.h"
 
@@ -94,7 +95,7 @@ static void check(bool ok, const char * what, int64_t n_in, int64_t k, int64_t n
 }
 
 // the median of some rounds over all linears, each of a tenth of a second at least
-static int bench(int64_t n_in, int64_t k, int64_t n_out, int64_t n_vec, int n_threads, int64_t mib) {
+static int bench(bool tiles, int64_t n_in, int64_t k, int64_t n_out, int64_t n_vec, int n_threads, int64_t mib) {
     const size_t signs  = (size_t) (n_in + n_out)*k;
     const int    n_ops  = (int) std::max<size_t>(1, ((size_t) mib << 20)*8/signs);
     ggml_init_params ip = { n_ops*(signs/8 + (n_in + k + n_out)*2 + n_out*n_vec*4 + 16384) + n_in*n_vec*4 + 16384, nullptr, false };
@@ -111,8 +112,14 @@ static int bench(int64_t n_in, int64_t k, int64_t n_out, int64_t n_vec, int n_th
             fill(s[j]);
         }
         for (ggml_tensor * t : { A, B }) {
-            for (size_t at = 0; at < ggml_nbytes(t)/4; ++at) {
-                ((uint32_t *) t->data)[at] = rng();
+            std::vector<uint32_t> rows(ggml_nbytes(t)/4);
+            for (uint32_t & word : rows) {
+                word = rng();
+            }
+            if (tiles) {
+                ggml_cpu_dbf_set_tiles(t, rows.data());
+            } else {
+                memcpy(t->data, rows.data(), ggml_nbytes(t));
             }
         }
         ops.push_back(ggml_dbf_mul_mat(ctx, B, A, s[0], s[1], s[2], x));
@@ -162,12 +169,17 @@ int main(int argc, char ** argv) {
     for (int i = 0; i < 1 << 16; ++i) {
         ggml_table_f32_f16[i] = ggml_fp16_to_fp32((ggml_fp16_t) i);
     }
-    if (argc == 7) {
+    if (argc == 8) {
         int64_t n[6];
         for (int i = 0; i < 6; ++i) {
-            n[i] = atoll(argv[i + 1]);
+            n[i] = atoll(argv[i + 2]);
         }
-        return bench(n[0], n[1], n[2], n[3], (int) n[4], n[5]);
+        const bool tiles = strcmp(argv[1], "tiles") == 0;
+        if (tiles && !ggml_cpu_dbf_has_tiles()) {
+            printf("these kernels take rows\n");
+            return 2;
+        }
+        return bench(tiles, n[0], n[1], n[2], n[3], (int) n[4], n[5]);
     }
 
     double worst = 0.0;
@@ -208,6 +220,30 @@ int main(int argc, char ** argv) {
                     worst = std::fmax(worst, n_out < 9 ? 0.0 : err/sum);
                     check(err/sum < (n_out < 9 ? 10*BOUND : BOUND), "accuracy", n_in, k, n_out);
                 }
+
+#if defined(DBF_TABLES)
+                // factors in tiles, both or one of them: the same bits; and back to rows
+                if (ggml_cpu_dbf_has_tiles()) {
+                    const auto of_rows = compute(op, false, 2);
+                    for (const auto & in_tiles : { std::vector<ggml_tensor *>{A, B}, {A}, {B} }) {
+                        std::vector<std::vector<char>> rows;
+                        for (ggml_tensor * t : in_tiles) {
+                            rows.emplace_back((char *) t->data, (char *) t->data + ggml_nbytes(t));
+                            ggml_cpu_dbf_set_tiles(t, rows.back().data());
+                            const bool same = memcmp(t->data, rows.back().data(), ggml_nbytes(t)) == 0;
+                            check(same == (t->ne[1] < dbf_tables::ROWS), "tiles differ from rows", n_in, k, n_out);
+                        }
+                        check(compute(op, false, 2) == of_rows, "tiles", n_in, k, n_out);
+                        for (size_t i = 0; i < in_tiles.size(); ++i) {
+                            std::vector<char> back(rows[i].size());
+                            ggml_cpu_dbf_get_rows(in_tiles[i], back.data());
+                            check(back == rows[i], "rows of tiles", n_in, k, n_out);
+                            memcpy(in_tiles[i]->data, back.data(), back.size());
+                            in_tiles[i]->extra = nullptr;
+                        }
+                    }
+                }
+#endif
 
                 // the last vector is special, those before it must not notice
                 float * last = (float *) x->data + (n_vec - 1)*n_in;

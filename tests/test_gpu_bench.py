@@ -68,7 +68,7 @@ def test_the_same_seed_gives_the_same_file(tmp_path):
     assert contents[0] == contents[1] != contents[2]
 
 
-@pytest.mark.parametrize("kind", ["F16", "Q8_0", "Q4_0", "Q6_K", "Q2_K", "IQ2_XXS", "IQ1_S"])
+@pytest.mark.parametrize("kind", ["F16", "Q8_0", "Q4_0", "Q6_K", "Q2_K", "IQ2_XXS", "IQ1_S", "TQ1_0", "TQ2_0"])
 def test_weights_of_other_types_are_as_large_as_they_should_be(tmp_path, kind):
     """By gguf-py's own decoders, which know nothing of where synthetic.py puts its scales."""
     path = tmp_path / "tiny.gguf"

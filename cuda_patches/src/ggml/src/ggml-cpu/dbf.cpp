@@ -326,6 +326,22 @@ namespace lut = dbf_tables;
 constexpr int64_t FEW = 4; // so many tokens cost, one by one, as much as 16 at a time
 #endif
 
+#if defined(DBF_TABLES) && !(defined(__AVX512F__) && defined(__AVX512BW__))
+#define DBF_TILES // all products are computed by tables, which take tiles
+#endif
+
+const char TILES = 0; // its address in `extra` marks a factor that lies in tiles
+
+// how many of its rows lie in tiles
+int64_t tiled_rows(const ggml_tensor * W) {
+#if defined(DBF_TILES)
+    return W->extra == &TILES ? W->ne[1]/lut::ROWS*lut::ROWS : 0;
+#else
+    GGML_UNUSED(W);
+    return 0;
+#endif
+}
+
 method choose_method(int64_t n_vec) {
 #if defined(DBF_TABLES) && defined(__AVX512F__) && defined(__AVX512BW__)
     return n_vec <= FEW ? METHOD_PLANES : METHOD_TOKEN_TABLES;
@@ -347,7 +363,7 @@ bool is_private(method m, int64_t n_vec) {
 void split_rows(method m, int64_t n, int ith, int nth, int64_t & r0, int64_t & r1) {
     int64_t group = ROWS;
 #if defined(DBF_TABLES)
-    group = m == METHOD_TABLES ? lut::ROWS : group;
+    group = m != METHOD_PLANES ? lut::ROWS : group;
 #endif
     GGML_UNUSED(m);
     const int64_t groups = (n + group - 1)/group;
@@ -433,6 +449,8 @@ void mul_tables(const ggml_tensor * W, const ggml_tensor * s, int64_t n_vec, con
         lut::make_tables(q, n, (uint8_t *) own + at.tables + t*nb_tables);
     }
 
+    const int64_t n_tiled = tiled_rows(W);
+
     for (int64_t r = r0; r < r1; r += lut::ROWS) {
         const int64_t   n_rows = std::min(lut::ROWS, r1 - r);
         const uint8_t * w      = (const uint8_t *) W->data + r*W->nb[1];
@@ -440,8 +458,13 @@ void mul_tables(const ggml_tensor * W, const ggml_tensor * s, int64_t n_vec, con
         // rows shorter than a tile: there may be too few behind these to fill it
         const bool      is_end = (W->ne[1] - r - n_rows)*(int64_t) W->nb[1] < lut::TILE/8;
         for (int64_t t = 0; t < n_vec; ++t) {
+            const uint8_t * tables = (const uint8_t *) own + at.tables + t*nb_tables;
             int32_t sums[lut::ROWS];
-            lut::sum_rows(w, W->nb[1], n_rows, is_end, (const uint8_t *) own + at.tables + t*nb_tables, n, ahead, sums);
+            if (r < n_tiled) {
+                lut::sum_tile(w, tables, n, ahead, sums);
+            } else {
+                lut::sum_rows(w, W->nb[1], n_rows, is_end, tables, n, ahead, sums);
+            }
             for (int64_t j = 0; j < n_rows; ++j) {
                 out[t*W->ne[1] + r + j] = get_scale(s, r + j)*d[t]*(float) sums[j];
             }
@@ -473,8 +496,9 @@ void mul_token_tables(const ggml_tensor * W, const ggml_tensor * s, int64_t n_ve
         const float * d = (const float *) (work + at.d) + t0;
         for (int64_t r = r0; r < r1; r += lut::ROW_BLOCK) {
             const int64_t n_rows = std::min(lut::ROW_BLOCK, r1 - r);
-            lut::sum_rows_tokens((const uint8_t *) W->data + r*W->nb[1], W->nb[1], n_rows, (const int16_t *) (work + at.q) + t0*n, n,
-                    (int16_t *) (own + at.tables), sums);
+            const int64_t n_tiled = std::clamp<int64_t>(tiled_rows(W) - r, 0, n_rows);
+            lut::sum_rows_tokens((const uint8_t *) W->data + r*W->nb[1], W->nb[1], n_rows, n_tiled,
+                    (const int16_t *) (work + at.q) + t0*n, n, (int16_t *) (own + at.tables), sums);
             float scale[lut::ROW_BLOCK];
             for (int64_t j = 0; j < n_rows; ++j) {
                 scale[j] = get_scale(s, r + j);
@@ -491,6 +515,50 @@ void mul_token_tables(const ggml_tensor * W, const ggml_tensor * s, int64_t n_ve
 #endif
 
 } // namespace
+
+bool ggml_cpu_dbf_has_tiles(void) {
+#if defined(DBF_TILES)
+    return true;
+#else
+    return false;
+#endif
+}
+
+void ggml_cpu_dbf_set_tiles(ggml_tensor * factor, const void * rows) {
+    const size_t    nb  = factor->nb[1];
+    const uint8_t * src = (const uint8_t *) rows;
+    uint8_t       * dst = (uint8_t       *) factor->data;
+    GGML_ASSERT(factor->type == GGML_TYPE_DBF && ggml_is_contiguous(factor) && ggml_n_dims(factor) <= 2);
+
+    factor->extra = const_cast<char *>(&TILES);
+    const int64_t n_tiled = tiled_rows(factor);
+#if defined(DBF_TILES)
+    for (int64_t r = 0; r < n_tiled; r += lut::ROWS) {
+        lut::to_tile(src + r*nb, nb, factor->ne[0], dst + r*nb);
+    }
+#endif
+    memcpy(dst + n_tiled*nb, src + n_tiled*nb, (factor->ne[1] - n_tiled)*nb);
+}
+
+void ggml_cpu_dbf_get_rows(const ggml_tensor * factor, void * rows) {
+    const size_t    nb      = factor->nb[1];
+    const uint8_t * src     = (const uint8_t *) factor->data;
+    uint8_t       * dst     = (uint8_t       *) rows;
+    const int64_t   n_tiled = tiled_rows(factor);
+#if defined(DBF_TILES)
+    for (int64_t r = 0; r < n_tiled; r += lut::ROWS) {
+        for (int64_t c = 0; c < factor->ne[0]; c += lut::TILE) {
+            const int64_t n = std::min(lut::TILE, factor->ne[0] - c);
+            uint8_t part[lut::ROWS*lut::TILE/8];
+            lut::from_tile(src + r*nb + c/8*lut::ROWS, n, part);
+            for (int64_t i = 0; i < lut::ROWS; ++i) {
+                memcpy(dst + (r + i)*nb + c/8, part + i*lut::TILE/8, n/8);
+            }
+        }
+    }
+#endif
+    memcpy(dst + n_tiled*nb, src + n_tiled*nb, (factor->ne[1] - n_tiled)*nb);
+}
 
 bool ggml_cpu_dbf_supports_op(const ggml_tensor * op) {
     if (op->op == GGML_OP_DBF_MUL_MAT) {
