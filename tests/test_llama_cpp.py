@@ -484,6 +484,17 @@ def test_load_modes_and_batch_sizes_agree(name, llama_bin, files):
     assert perplexity(llama_bin, files / name, files, "-t", 3)[0] == pytest.approx(ppl, rel=1e-6)
 
 
+@pytest.mark.parametrize("name", ["dbf.gguf", "joint-dbf.gguf"])
+def test_factors_in_tiles_compute_the_same(name, llama_bin, files):
+    """Where the kernels look sums up, the loader puts the factors into tiles; every product is the same to the last bit."""
+    ppl, log = perplexity(llama_bin, files / name, files, "-v")
+    in_rows, log_of_rows = perplexity(llama_bin, files / name, files, "-v", "--no-repack")
+    assert ppl == in_rows
+    looks_up = cpu.available("avx2") if platform.machine() == "x86_64" else platform.machine() == "aarch64"
+    assert ("CPU_DBF model buffer" in log) == (looks_up and cpu.WIDE not in cpu.cpu_flags())
+    assert "CPU_DBF model buffer" not in log_of_rows
+
+
 def test_bench_names_the_type_and_the_size(llama_bin, files, model):
     """The parameters are those of the weights, as for the dense model, and not the number of signs."""
     tables = [
