@@ -113,21 +113,22 @@ def available(name: str) -> bool:
     return not needs or (platform.machine() == "x86_64" and cpu_flags().issuperset(needs))
 
 
-def compile_kernels(name: str, tree: Path, libraries: Path, program: Path) -> None:
-    """Compiles the CPU kernels of a patched tree for one instruction set, with the driver that tests and times them.
+def compile_kernels(flags: tuple[str, ...], tree: Path, libraries: Path, program: Path) -> None:
+    """Compiles the CPU kernels of a patched tree with these options, with the driver that tests and times them.
 
+    flags      those of an InstructionSet, say
     libraries  the folder with libggml-base of that tree
     Raises StepFailed.
     """
     ggml = tree / "ggml"
     driver = Path(__file__).resolve().parent.parent / "tests" / "dbf_cpu_kernels.cpp"
     command = [llama_cpp._compiler("CXX", "c++", "g++", "clang++"), "-std=c++17", "-O3", "-w"]
-    command += [*INSTRUCTION_SETS[name].flags, driver, ggml / "src/ggml-cpu/dbf.cpp", "-o", program]
+    command += [*flags, driver, ggml / "src/ggml-cpu/dbf.cpp", "-o", program]
     command += [f"-I{ggml / folder}" for folder in ("include", "src", "src/ggml-cpu")]
     command += [f"-L{libraries}", "-lggml-base", f"-Wl,-rpath,{libraries}", "-pthread"]
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
     if done.returncode != 0:
-        raise StepFailed(f"the kernels do not compile for {name}: {done.stderr[-1000:]}")
+        raise StepFailed(f"the kernels do not compile with {' '.join(flags)}: {done.stderr[-1000:]}")
 
 
 def micro() -> list[dict]:
@@ -139,7 +140,7 @@ def micro() -> list[dict]:
     with tempfile.TemporaryDirectory() as folder:
         for name in filter(available, INSTRUCTION_SETS):
             program = Path(folder) / name
-            compile_kernels(name, llama_cpp.source_tree(), libraries, program)
+            compile_kernels(INSTRUCTION_SETS[name].flags, llama_cpp.source_tree(), libraries, program)
             for layout in INSTRUCTION_SETS[name].layouts:
                 row = {"instructions": name, "signs in": layout}
                 for what, (tokens, mib) in MICRO.items():

@@ -8,8 +8,8 @@ How fast a model runs depends on shapes and types, not on what the weights are. 
 linears are DBF factors of the widths that `convert --budget uniform` gives them, or some type of llama.cpp for
 comparison, filled with random bits. The scales are such that activations keep their size from layer to layer: nothing
 overflows, and the logits of two programs that run the file can be compared. Every bit pattern is a valid weight in
-nearly all of these types, hence a block is random bytes (BYTES) with a scale at the right place (BLOCKS). The tokenizer is of SentencePiece's
-kind and knows single characters and pairs of letters, enough for any text to be read.
+nearly all of these types, hence a block is random bytes (BYTES) with a scale at the right place (BLOCKS). The
+tokenizer is of SentencePiece's kind and knows single characters and pairs of letters, enough for any text to be read.
 
 The file is written front to back from one pool of random blocks, so memory does not grow with the model.
 """

@@ -232,7 +232,7 @@ def test_kernels_of_every_instruction_set(name, patched_tree, llama_bin, tmp_pat
     """dbf.cpp compiled for each: accuracy, ragged shapes, threads, NaN, infinity, zero, denormals."""
     if name != "generic" and platform.machine() != "x86_64":
         pytest.skip(f"this CPU has no {name}")
-    cpu.compile_kernels(name, patched_tree, llama_bin, tmp_path / "kernels")
+    cpu.compile_kernels(cpu.INSTRUCTION_SETS[name].flags, patched_tree, llama_bin, tmp_path / "kernels")
     if not cpu.available(name):
         pytest.skip(f"compiled, but this CPU has no {name}")
     result = run(tmp_path / "kernels")
@@ -240,6 +240,20 @@ def test_kernels_of_every_instruction_set(name, patched_tree, llama_bin, tmp_pat
     for layout in cpu.INSTRUCTION_SETS[name].layouts:  # what bench/cpu.py --micro calls
         timed = run(tmp_path / "kernels", layout, 64, 32, 64, 1, 2, 1)
         assert timed.returncode == 0 and float(timed.stdout) > 0, timed.stdout + timed.stderr
+
+
+@pytest.mark.parametrize("options", [(), ("-DWITH_VNNI",)], ids=["avx512", "avx512vnni"])
+def test_avx512_kernels_on_any_cpu(options, patched_tree, llama_bin, tmp_path):
+    """What their source says, with the intrinsics in plain C (avx512_simde.h)."""
+    if not cpu.available("avx2"):
+        pytest.skip("this CPU has no AVX2, which the rest of these kernels needs")
+    if not any(Path(folder, "simde/x86/avx512.h").exists() for folder in ("/usr/include", "/usr/local/include")):
+        pytest.skip("no SIMDe here (on Debian or Ubuntu: apt-get install libsimde-dev)")
+    shim = Path(__file__).with_name("avx512_simde.h")
+    flags = (*cpu.INSTRUCTION_SETS["avx2"].flags, *options, "-include", str(shim))
+    cpu.compile_kernels(flags, patched_tree, llama_bin, tmp_path / "kernels")
+    result = run(tmp_path / "kernels")
+    assert result.returncode == 0, result.stdout
 
 
 def test_kernels_for_arm(patched_tree, llama_bin, tmp_path):
@@ -486,7 +500,7 @@ def test_load_modes_and_batch_sizes_agree(name, llama_bin, files):
 
 @pytest.mark.parametrize("name", ["dbf.gguf", "joint-dbf.gguf"])
 def test_factors_in_tiles_compute_the_same(name, llama_bin, files):
-    """Where the kernels look sums up, the loader puts the factors into tiles; every product is the same to the last bit."""
+    """Where the kernels look sums up, the loader puts the factors into tiles: the products are the same to the bit."""
     ppl, log = perplexity(llama_bin, files / name, files, "-v")
     in_rows, log_of_rows = perplexity(llama_bin, files / name, files, "-v", "--no-repack")
     assert ppl == in_rows
