@@ -12,7 +12,7 @@ import argparse
 import math
 import re
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from synthetic import SHAPES, Shape
@@ -33,6 +33,7 @@ class Card:
     int8: int  # dense int8 multiply-adds a clock and SM, by mma.sync
     fp16: int  # dense fp16 ones with float32 accumulation, by mma.sync
     cublas: int  # and what cuBLAS can use
+    l2: int  # bytes a clock from L2 to all SMs together: NVIDIA's figure for the A100, else assumed
     gap: float
     early: bool = False  # may start a kernel before the one before it has ended (sm_90 and newer)
 
@@ -40,11 +41,11 @@ class Card:
 CARDS = {
     card.name: card
     for card in (
-        Card("RTX 3090", 936, 82, 1.695, 1024, 256, 256, 1.1),
-        Card("RTX 4090", 1008, 128, 2.52, 1024, 256, 256, 0.9),
-        Card("RTX 5090", 1792, 170, 2.407, 1024, 256, 256, 0.9, early=True),
-        Card("A100", 2039, 108, 1.41, 2048, 1024, 1024, 1.3),
-        Card("H100", 3352, 132, 1.83, 2540, 1270, 2048, 1.1, early=True),  # mma.sync: 62 % of wgmma
+        Card("RTX 3090", 936, 82, 1.695, 1024, 256, 256, 3072, 1.1),
+        Card("RTX 4090", 1008, 128, 2.52, 1024, 256, 256, 3072, 0.9),
+        Card("RTX 5090", 1792, 170, 2.407, 1024, 256, 256, 4096, 0.9, early=True),
+        Card("A100", 2039, 108, 1.41, 2048, 1024, 1024, 5120, 1.3),
+        Card("H100", 3352, 132, 1.83, 2540, 1270, 2048, 5120, 1.1, early=True),  # mma.sync: 62 % of wgmma
     )
 }
 
@@ -71,6 +72,30 @@ class Kernel:
 
 KERNEL = Kernel()
 
+
+@dataclass(frozen=True)
+class Gemm:
+    """A kind of block of the kernel for several tokens (two planes), by the same sources."""
+
+    tiles: int  # of columns, 4 tokens each
+    rows: int
+    blocks: int  # that an SM can hold
+    ahead: int  # steps whose signs are on their way while a warp computes
+    instructions: float  # a thread's, for 32 signs: the most that the tests allow
+    tokens: int = 4  # of a tile
+    warps: int = 4
+    warp_rows: int = 32  # that a warp multiplies in a step
+
+    @property
+    def divides(self) -> bool:
+        """The warps divide the steps; else each of them has its rows and takes all steps."""
+        return self.rows == self.warp_rows
+
+
+FEW = {1: Gemm(1, 32, 4, 2, 22.0), 2: Gemm(2, 32, 4, 2, 26.0)}
+MANY = Gemm(8, 128, 2, 1, 50.0)
+FEW_TOKENS = (1, 4, 8, 16, 32, 64, 128)  # of the table
+
 EFFICIENCY = 0.92  # of the specified bandwidth, which a long stream of loads reaches
 LATENCY = 0.7  # µs until the first bytes arrive
 TAIL = 0.2  # µs: the warps' sums are added and written
@@ -80,6 +105,8 @@ OTHERS = 10  # launches of a block beside the linears: 2 norms, 2 rope, V into t
 FUSED = 2  # launches of a block that llama.cpp saves with dense weights: gate, up and SwiGLU are one
 HOST = 80.0  # µs a token: start of the graph, wait, copy of the logits
 L2_WIDTH = 64  # bytes a clock that an SM gets from L2
+L2_EFFICIENCY = 0.65  # of what L2 gives at most, when all SMs read at the same time
+L2_LATENCY = 0.15  # µs until a warp has the input of its next step
 UTILIZATION = 0.5  # of the tensor cores' peak in a large batch: our kernels
 CUBLAS_UTILIZATION = 0.7
 UNCERTAINTY = 25  # percent
@@ -202,6 +229,67 @@ ANCHORS = (  # card, shape, type, bytes a weight, tokens a step, tokens a second
 )
 
 
+# --- a few tokens
+
+
+def gemm(card: Card, rows: int, tokens: int) -> Gemm:
+    """The kind of block that the plan takes (dbf_plan_gemm in dbf-launch.h)."""
+    groups = math.ceil(tokens / MANY.tokens)
+    across = math.ceil(groups / MANY.tiles)
+    pays = math.ceil(rows / MANY.rows) * across >= card.sms and 4 * groups >= 3 * MANY.tiles * across
+    return MANY if pays else FEW[min(groups, 2)]
+
+
+def gemm_stage(card: Card, n: int, rows: int, scales: int, tokens: int, kind: Gemm) -> dict[str, float]:
+    """Two launches for several tokens, the input is rounded and multiplied: parts in µs as in `stage`, and `round`."""
+    across = math.ceil(math.ceil(tokens / kind.tokens) / kind.tiles)
+    blocks = math.ceil(math.ceil(rows / kind.rows) * across / card.sms)  # of the SM with most of them
+    resident = min(kind.blocks, blocks)
+    steps = math.ceil(n / KERNEL.step)
+    signs = blocks * kind.rows * n  # that this SM multiplies
+    clocks = card.clock * 1e3  # a µs
+    planes = 2 * n * kind.tokens * kind.tiles  # bytes that a block reads
+    in_flight = resident * kind.warps * kind.ahead * kind.warp_rows * KERNEL.step / 8
+
+    # One warp by itself: its quarter of the SM, and nothing to do until the input of its next step is there.
+    step = kind.warp_rows * KERNEL.step
+    alone = max(
+        step / KERNEL.signs_an_mma * kind.tiles * 4096 / (card.int8 / 4),
+        step / 32 * kind.instructions / (128 / 4),
+    )
+    steps_of_warp = math.ceil(steps / kind.warps) if kind.divides else steps
+    times = {
+        "memory": (rows * n / 8 + scales) / (card.bandwidth * 1e3 * EFFICIENCY),
+        "L2": (signs / 8 + blocks * planes) * card.sms / (card.l2 * L2_EFFICIENCY * clocks),
+        "in flight": max(0, signs / 8 - in_flight) / (in_flight / LATENCY),
+        "instructions": signs / 32 * kind.instructions / (128 * clocks),
+        "tensor cores": signs / KERNEL.signs_an_mma * kind.tiles * 4096 / (card.int8 * UTILIZATION * clocks),
+        "steps": math.ceil(blocks / resident) * steps_of_warp * (L2_LATENCY + alone / clocks),
+    }
+    bound = max(times, key=times.get)
+    rounds = SMALL + math.ceil(tokens / card.sms) * n * (4 / L2_WIDTH + KERNEL.quantize / 128) / clocks
+    parts = {"gap": 2 * card.gap, "round": rounds, "start": LATENCY, "stream": times[bound], "tail": TAIL}
+    return parts | {"bound": bound, "times": times}
+
+
+def few_tokens(card: Card, shape: Shape, bits: float, tokens: int, rows: int | None = None, join: bool = True) -> float:
+    """ms of the linears of a model for some tokens. `rows`: as if all blocks had as many as those of many columns."""
+    total = 0.0
+    for n_out, n_in in shape.linears(join).values():
+        k = width(n_in, n_out, bits)
+        for n, height, scales in ((n_in, k, 2 * (n_in + k)), (k, n_out, 2 * n_out)):
+            if tokens == 1:
+                total += launch(stage(card, n, height, scales))
+                continue
+            kind = gemm(card, height, tokens)
+            if rows:  # with the columns that these would have
+                like = FEW.get(math.ceil(tokens / MANY.tokens), MANY)
+                kind = replace(MANY, rows=rows, tiles=like.tiles, instructions=like.instructions)
+            parts = gemm_stage(card, n, height, scales, tokens, kind)
+            total += launch(parts) + parts["round"]
+    return shape.n_layer * total / 1e3
+
+
 # --- a batch
 
 
@@ -304,6 +392,15 @@ def early_table(bits: float = 1.5) -> str:
     return markdown(cells)
 
 
+def few_tokens_table(name: str = "llama2-7b", bits: float = 2.0) -> str:
+    cells = [["card", "blocks", *(f"{n}" for n in FEW_TOKENS)]]
+    for card in CARDS.values():
+        for what, rows in (("all of 128 rows", MANY.rows), ("as planned", None)):
+            times = [few_tokens(card, SHAPES[name], bits, n, rows) for n in FEW_TOKENS]
+            cells.append([card.name, what, *(f"{time:.2f}" for time in times)])
+    return markdown(cells)
+
+
 def batch_table(name: str = "llama2-7b", bits: float = 2.0) -> str:
     cells = [["card", "tokens", "two int8 planes", "fp16", "expanded, cuBLAS", "fastest"]]
     for card in CARDS.values():
@@ -341,6 +438,7 @@ def report() -> str:
         ("Tokens a second, 128 tokens from an empty prompt (Table 4)", decode_table()),
         ("A token of Llama-2-7B at 1.5 bits on a 4090 by its parts, ms", token_table(card)),
         ("Tokens a second at 1.5 bits where launches can overlap", early_table()),
+        ("The linears of Llama-2-7B at 2 bits, joined, for 1 to 128 tokens, ms", few_tokens_table()),
         ("The linears of Llama-2-7B at 2 bits for a batch, ms", batch_table()),
     ]
     note = f"All predicted, ±{UNCERTAINTY} %; no GPU was used. Measured (by others) is only what a column calls so."

@@ -285,7 +285,18 @@ def faults(kernel: sass.Kernel) -> list[str]:
             instructions = sum(kernel.per_32_signs(sass.repeats(kernel.name)).values())
             if tensor and instructions > INSTRUCTIONS:
                 found.append(f"{instructions:.1f} instructions for 32 signs")
+    if name == "dbf_gemm":
+        tiles = int(arguments[0])
+        blocks = 4 if tiles <= 2 else 2  # DBF_GEMM_BLOCKS
+        if sass.resident(kernel.arch, kernel.registers, 128, gemm_shared(tiles)) < blocks:
+            found.append(f"{kernel.registers} registers: no room for {blocks} blocks of 4 warps")
     return [f"sm_{kernel.arch} {kernel.name}: {fault}" for fault in found]
+
+
+def gemm_shared(tiles: int) -> int:
+    """Bytes that dbf_plan_gemm gives a block: sums of 4 warps for 32 rows, or the input of a step (fp16 has half the
+    tiles, of twice the tokens)."""
+    return 4 * 32 * 8 * tiles * 4 if tiles <= 2 else 32 << 10
 
 
 def test_machine_code_of_every_kernel(kernels):
@@ -301,6 +312,21 @@ def test_model_assumes_the_measured_instructions(kernels):
         if kernel.arch in architectures and re.fullmatch(r"dbf_decode<\d+, 4, true>", kernel.name):
             count = sum(kernel.per_32_signs(1).values())
             assert count <= gpu_model.KERNEL.instructions + 0.05, (architectures[kernel.arch], kernel.name, count)
+
+
+def test_model_assumes_the_measured_instructions_and_blocks_of_gemm(kernels):
+    """The same for several tokens: instructions, and room for as many blocks."""
+    kinds = {kind.tiles: kind for kind in (*gpu_model.FEW.values(), gpu_model.MANY)}
+    checked = 0
+    for kernel in kernels:
+        if kernel.arch >= 80 and (match := re.fullmatch(r"dbf_gemm<(\d+), 4, false>", kernel.name)):
+            kind = kinds[int(match[1])]
+            count = sum(kernel.per_32_signs(sass.repeats(kernel.name)).values())
+            assert count <= kind.instructions + 0.05, (kernel.arch, kernel.name, count)
+            room = sass.resident(kernel.arch, kernel.registers, 32 * kind.warps, gemm_shared(kind.tiles))
+            assert room >= kind.blocks, (kernel.arch, kernel.name)
+            checked += 1
+    assert checked == 3 * sum(arch >= 80 for arch in sass.ARCHITECTURES)
 
 
 def test_blocks_fit_as_the_model_assumes(kernels):
@@ -345,6 +371,9 @@ def test_gate_catches_instructions_and_registers(kernels):
     assert faults(replace(kernel, registers=128)) == []
     assert any("no room for 2 blocks" in fault for fault in faults(replace(kernel, registers=129)))
     assert any("static shared memory" in fault for fault in faults(replace(kernel, shared=4)))
+    few = next(k for k in kernels if k.name == "dbf_gemm<2, 4, false>" and k.arch == 89)
+    assert faults(replace(few, registers=128)) == []
+    assert any("no room for 4 blocks" in fault for fault in faults(replace(few, registers=129)))
 
 
 def test_main_loop_is_found_and_counted(cuda_toolkit, tmp_path):

@@ -10,7 +10,7 @@ import itertools
 
 import numpy as np
 import pytest
-from cases import Case, Device, errors, reference, run_cases
+from cases import PATHS, Case, Device, errors, reference, run_cases
 from emulator import HERE
 
 # Few multiprocessors, so that persistent blocks have several tiles of rows to walk over.
@@ -143,6 +143,18 @@ def by_path(device):
         yield Case(160, 96, 20, n_tokens, device, path="f16", edit=edit)
 
 
+def by_blocks(device):
+    """Both kinds of gemm block, with rows and steps that end in the middle, up to 11 steps for 4 warps. On a card of
+    one multiprocessor the plan takes many columns, if they are full; with very many it takes few."""
+    if device.cc < 750:
+        return  # no tensor cores, no gemm
+    shapes = [(32, 96, 31), (512, 1056, 33), (2048, 544, 161), (5312, 64, 40)]
+    for n_sm, (shape, path) in itertools.product((1, 1000), itertools.product(shapes, PATHS)):
+        card = Device(device.cc, n_sm, device.shared)
+        for n_tokens in (3, 8, 26, 32, 61):
+            yield Case(*shape, n_tokens, card, MIXED, path=path, seed=n_tokens % 3)
+
+
 def by_race(device):
     """Few and small, for ThreadSanitizer: it looks at accesses and not at values, and is slow."""
     for n_tokens in (1, 2, 5, 9, 17):
@@ -150,9 +162,12 @@ def by_race(device):
         yield Case(1152, 1056, 33, n_tokens, device, seed=n_tokens)
     yield from itertools.islice(by_memory(device), 4)
     yield Case(160, 96, 140, 9, device, path="f16")
+    for n_sm, path in itertools.product((1, 1000), PATHS):
+        yield Case(2592, 160, 140, 27, Device(device.cc, n_sm, device.shared), path=path, seed=n_sm)
 
 
 GROUPS = (by_tokens, by_shape, by_type, by_alignment, by_order, by_memory, by_magnitude, by_content, by_nan, by_path)
+GROUPS += (by_blocks,)
 
 
 def check(results, cases):

@@ -26,7 +26,8 @@ DECODE = "dbf_decode<8, 4, true>"
 DECODE_WORDS = "dbf_decode<8, 1, true>"
 DECODE_DP4A = "dbf_decode<8, 4, false>"
 ROUND = "dbf_round<false>"
-GEMM = "dbf_gemm<2, 4, false>"
+GEMM = "dbf_gemm<8, 4, false>"
+GEMM_FEW = "dbf_gemm<2, 4, false>"
 GEMM_WORDS = "dbf_gemm<1, 1, false>"
 GEMM_F16 = "dbf_gemm<1, 4, true>"
 
@@ -38,7 +39,8 @@ CASES = {
     DECODE_WORDS: [Case(96, 160, 33, 1, AMPERE)],
     DECODE_DP4A: [Case(128, 640, 50, 3, PASCAL, padding=4)],
     ROUND: [Case(4224, 128, 50, 5, AMPERE, padding=4)],
-    GEMM: [Case(1152, 128, 50, 5, AMPERE, padding=4), Case(128, 1152, 140, 7, AMPERE)],
+    GEMM: [Case(1152, 160, 50, 29, AMPERE, padding=4), Case(128, 1152, 140, 27, AMPERE)],
+    GEMM_FEW: [Case(1152, 128, 50, 5, AMPERE, padding=4), Case(128, 5248, 50, 7, AMPERE)],
     GEMM_WORDS: [Case(96, 160, 33, 3, AMPERE)],
     GEMM_F16: [Case(128, 640, 50, 3, AMPERE, path="f16")],
 }
@@ -71,14 +73,22 @@ MUTATIONS = [
     Mutation("no barrier before the input is loaded", GEMM, "source-tsan", RACE,
              "__syncthreads(); // the last step's", "// the last step's"),
     Mutation("no barrier after the input is loaded", GEMM, "source-tsan", RACE,
-             "step + 1, t);\n        }\n        __syncthreads();", "step + 1, t);\n        }"),
+             "__syncthreads(); // the input is there", "// the input is there"),
+    Mutation("no barrier before the sums of the warps are added", GEMM_FEW, "source-tsan", RACE,
+             "__syncthreads(); // the sums of all warps", "// the sums of all warps"),
     Mutation("x is read before the previous kernel is done", ROUND, "source-tsan", RACE,
              "dbf_wait_for_previous_kernel();\n\n    uint32_t largest", "uint32_t largest"),
     # --- bounds
     Mutation("a row too many in decode", DECODE, "source-asan", OVERFLOW,
              "row < args.rows) {\n            float sum", "row <= args.rows) {\n            float sum"),
     Mutation("no check of the rows in gemm", GEMM, "source-asan", OVERFLOW,
-             "if (row >= args.rows) {\n            continue;", "if (row >= args.rows + 16) {\n            continue;"),
+             "row >= args.rows) {\n                continue;", "row >= args.rows + 16) {\n                continue;"),
+    Mutation("no check of the rows in gemm, few columns", GEMM_FEW, "source-asan", OVERFLOW,
+             "row >= args.rows) {\n            return;", "row >= args.rows + 16) {\n            return;"),
+    Mutation("no check of the groups of tokens", GEMM_FEW, "source-asan", OVERFLOW,
+             "min(group + tile, n_groups - 1)", "group + tile", cases=[Case(1152, 128, 50, 9, AMPERE)]),
+    Mutation("shared memory for the sums of half the warps", GEMM_FEW, "source-asan", OVERFLOW,
+             "? DBF_GEMM_WARPS*DBF_GEMM_ROWS(tiles)*8", "? DBF_GEMM_WARPS/2*DBF_GEMM_ROWS(tiles)*8", "dbf-launch.h"),
     Mutation("signs of a row too many", DECODE, "source-asan", OVERFLOW,
              "min(row, args.rows - 1)", "min(row, args.rows)"),
     Mutation("a word too many at the ragged end of a row", DECODE_WORDS, "source-asan", OVERFLOW,
@@ -86,7 +96,7 @@ MUTATIONS = [
     Mutation("a word too many of the input", DECODE_WORDS, "source-asan", OVERFLOW,
              "word < args.n_words;", "word <= args.n_words;"),
     Mutation("a token too many", GEMM_WORDS, "source-asan", OVERFLOW,
-             "+ t;\n                if (token < args.n_tokens)", "+ t;\n                if (token <= args.n_tokens)"),
+             "+ t;\n        if (token < args.n_tokens)", "+ t;\n        if (token <= args.n_tokens)"),
     # --- alignment
     Mutation("loads of 16 bytes from rows of 8 bytes", DECODE, "source-asan", "misaligned address",
              "n % (4*DBF_WORD) != 0", "n % (2*DBF_WORD) != 0", "dbf-launch.h", [Case(192, 64, 33, 1, AMPERE)]),
@@ -103,6 +113,14 @@ MUTATIONS = [
     Mutation("powers of two kept in the sums", DECODE, "source-plain", OFF, "acc[j][i] >> (2*j)", "acc[j][i] >> j"),
     Mutation("sum of q not taken off", DECODE, "source-plain", OFF, "2*s[1] - info.sum_lo", "2*s[1]"),
     Mutation("sum of q not taken off, gemm", GEMM, "source-plain", OFF, "2*c1 - info.sum_lo", "2*c1"),
+    Mutation("the last group of steps left out", GEMM_FEW, "source-plain", OFF,
+             "step < n_steps; step += STRIDE", "step/STRIDE < n_steps/STRIDE; step += STRIDE"),
+    Mutation("one warp's sum left out", GEMM_FEW, "source-plain", OFF,
+             "w < DBF_GEMM_WARPS; ++w", "w < DBF_GEMM_WARPS - 1; ++w"),
+    Mutation("steps divided by two warps", GEMM_FEW, "source-plain", OFF,
+             "STRIDE  = DIVIDES ? DBF_GEMM_WARPS : 1", "STRIDE  = DIVIDES ? DBF_GEMM_WARPS/2 : 1"),
+    Mutation("signs of few columns one step ahead too late", GEMM_FEW, "source-plain", OFF,
+             "step + AHEAD*STRIDE, t)", "step + STRIDE, t)"),
     Mutation("scale of another row", DECODE, "source-plain", OFF,
              "args.s_out_type, row)*sum", "args.s_out_type, row/2)*sum"),
     Mutation("one warp left out of the sum", DECODE, "source-plain", OFF,

@@ -70,6 +70,11 @@ def tile(kernel: str) -> tuple[int, int]:
     return {"Q8": 4, "F16": 8}[kind], int(tiles)
 
 
+def divides_steps(kernel: str) -> bool:
+    """Whether the warps of a gemm block divide the steps, and not the rows."""
+    return tile(kernel)[1] <= 2
+
+
 def test_number_of_launches(plans):
     """One token is two launches on every card, whatever the shape; several are four with tensor cores."""
     for (*_, n_tokens, cc, _, _, _, path), p in plans:
@@ -106,8 +111,47 @@ def test_every_row_and_token_has_a_block(plans):
                 assert (x, y) == (n_tokens, 1)
             else:
                 tokens = tile(name)[0] * tile(name)[1]
-                assert (x - 1) * 128 < rows <= x * 128
+                height = 32 if divides_steps(name) else 128
+                assert (x - 1) * height < rows <= x * height
+                assert launch["block"] == 128
                 assert (y - 1) * tokens < n_tokens <= y * tokens
+
+
+def test_small_blocks_where_large_ones_would_leave_the_card_idle(plans):
+    """Many columns only with a block for each multiprocessor, and at most a quarter of the columns without a token."""
+    kinds = set()
+    for (*_, n_tokens, _, n_sm, _, _, path), p in plans:
+        for launch in p["launches"]:
+            if "GEMM" not in launch["kernel"]:
+                continue
+            tokens, many = (8, 4) if path == F16 else (4, 8)
+            groups = -(-n_tokens // tokens)
+            across = -(-groups // many)
+            full = groups / (many * across) >= 0.75
+            large = -(-launch["rows"] // 128) * across >= n_sm and full
+            few = 1 if path == F16 or groups == 1 else 2
+            assert tile(launch["kernel"]) == (tokens, many if large else few), (n_tokens, n_sm, launch)
+            kinds.add(tile(launch["kernel"]))
+    assert kinds == {(4, 1), (4, 2), (4, 8), (8, 1), (8, 4)}
+
+
+def test_small_blocks_use_the_whole_card(plan):
+    """4096 rows would be 32 blocks of 128; from 2 tokens on each multiprocessor of a 4090 has a block."""
+    for n_tokens, path in itertools.product((2, 8, 16, 32, 64, 100), (DEFAULT, F16)):
+        (p,) = plan([(4096, 4096, 4096, n_tokens, 890, 128, 99 << 10, 1, path)])
+        for launch in p["launches"]:
+            if "GEMM" in launch["kernel"]:
+                assert launch["grid"][0] * launch["grid"][1] >= 128
+
+
+def test_shared_memory_of_gemm(plans):
+    """Blocks of 128 rows have the input of a step in it; those of 32 the sums of 4 warps, 4 bytes each."""
+    for _, p in plans:
+        for launch in p["launches"]:
+            if "GEMM" in launch["kernel"]:
+                tokens, tiles = tile(launch["kernel"])
+                sums, input_ = 4 * 32 * 8 * tiles * 4, tokens * tiles * 1024
+                assert launch["shared"] == (sums if divides_steps(launch["kernel"]) else input_)
 
 
 def test_sums_fit_32_bits(plans):

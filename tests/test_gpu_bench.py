@@ -444,35 +444,94 @@ PLANS = """
 #include "dbf-launch.h"
 #include <cstdio>
 int main() {
-    long long n_sm, n_in, k, n_out;
-    while (scanf("%lld %lld %lld %lld", &n_sm, &n_in, &k, &n_out) == 4) {
-        const dbf_shape  shape  = { n_in, k, n_out, 1, n_in, DBF_SCALE_F16, DBF_SCALE_F16, DBF_SCALE_F16 };
+    long long n_sm, n_in, k, n_out, n_tokens;
+    while (scanf("%lld %lld %lld %lld %lld", &n_sm, &n_in, &k, &n_out, &n_tokens) == 5) {
+        const dbf_shape  shape  = { n_in, k, n_out, n_tokens, n_in, DBF_SCALE_F16, DBF_SCALE_F16, DBF_SCALE_F16 };
         const dbf_device device = { 890, (int) n_sm, 99*1024, 100*1024 };
         const dbf_plan plan = dbf_make_plan(shape, device, true, true, DBF_PATH_DEFAULT);
-        printf("%d %d %d %d %d\\n", plan.n_launches, plan.launches[0].block, plan.launches[0].grid.x,
-            plan.launches[1].block, plan.launches[1].grid.x);
+        for (int i = 0; i < plan.n_launches; ++i) {
+            printf("%d %d %d ", plan.launches[i].block, plan.launches[i].grid.x, plan.launches[i].grid.y);
+        }
+        printf("\\n");
     }
 }
 """
 
 
-def test_the_model_launches_what_the_kernels_plan(tmp_path):
-    """Warps of a block and blocks on an SM, as dbf-launch.h plans them for one token."""
+@pytest.fixture
+def planned(tmp_path):
+    """planned(cases of PLANS) -> for each the block, grid.x and grid.y of its launches"""
     (tmp_path / "plans.cpp").write_text(PLANS)
     include = ROOT / "cuda_patches" / "src" / "ggml" / "src" / "ggml-cuda"
     subprocess.run(["c++", "-std=c++17", "-I", include, tmp_path / "plans.cpp", "-o", tmp_path / "plans"], check=True)
+
+    def call(cases) -> list[list[int]]:
+        lines = "\n".join(" ".join(map(str, case)) for case in cases)
+        done = subprocess.run([tmp_path / "plans"], input=lines, capture_output=True, text=True, check=True)
+        return [[int(word) for word in line.split()] for line in done.stdout.splitlines()]
+
+    return call
+
+
+def test_the_model_launches_what_the_kernels_plan(planned):
+    """Warps of a block and blocks on an SM, as dbf-launch.h plans them for one token."""
     shapes = [(n_in, gpu_model.width(n_in, n_out, b), n_out) for n_in, n_out in gpu_model.PAPER_SHAPES for b in (1, 2)]
-    cases = [(card.sms, *shape) for card in gpu_model.CARDS.values() for shape in shapes]
-    lines = "\n".join(" ".join(map(str, case)) for case in cases)
-    planned = subprocess.run([tmp_path / "plans"], input=lines, capture_output=True, text=True, check=True).stdout
+    cases = [(card.sms, *shape, 1) for card in gpu_model.CARDS.values() for shape in shapes]
     kernel = gpu_model.KERNEL
 
     def expected(sms: int, n: int, rows: int) -> list[int]:
-        return [32 * kernel.warps(n), min(math.ceil(rows / kernel.rows), kernel.blocks(n) * sms)]
+        return [32 * kernel.warps(n), min(math.ceil(rows / kernel.rows), kernel.blocks(n) * sms), 1]
 
-    for (sms, n_in, k, n_out), line in zip(cases, planned.splitlines(), strict=True):
-        found = [int(word) for word in line.split()]
-        assert found == [2, *expected(sms, n_in, k), *expected(sms, k, n_out)], (sms, n_in, k, n_out)
+    for (sms, n_in, k, n_out, _), found in zip(cases, planned(cases), strict=True):
+        assert found == [*expected(sms, n_in, k), *expected(sms, k, n_out)], (sms, n_in, k, n_out)
+
+
+def test_the_model_takes_the_blocks_that_the_kernels_plan(planned):
+    """For several tokens: the rows and columns of a block follow from its grid."""
+    linears = synthetic.SHAPES["llama2-7b"].linears(join=True).values()
+    shapes = [(n_in, k, n_out) for n_out, n_in in linears for k in (gpu_model.width(n_in, n_out, b) for b in (1, 2))]
+    several = (*range(2, 10), 16, 24, 25, 32, 33, 64, 96, 128, 512)
+    cards = gpu_model.CARDS.values()
+    cases = [(card, *shape, n) for card in cards for shape in shapes for n in several]
+    kinds = set()
+    for (card, _, k, n_out, n), found in zip(cases, planned([(c.sms, *rest) for c, *rest in cases]), strict=True):
+        for rows, (block, x, y) in ((k, found[3:6]), (n_out, found[9:12])):
+            kind = gpu_model.gemm(card, rows, n)
+            grid = (math.ceil(rows / kind.rows), math.ceil(n / (kind.tiles * kind.tokens)))
+            assert (block, x, y) == (32 * kind.warps, *grid), (card.name, rows, n)
+            kinds.add(kind)
+    assert kinds == {*gpu_model.FEW.values(), gpu_model.MANY}
+
+
+def test_a_gemm_stage_by_hand():
+    """4096 inputs, 2048 rows, 8 tokens on a 4090: 64 blocks of 32 rows, each of them alone on an SM."""
+    card = gpu_model.CARDS["RTX 4090"]
+    kind = gpu_model.gemm(card, 2048, 8)
+    assert (kind.rows, kind.tiles, kind.divides) == (32, 2, True)
+    parts = gpu_model.gemm_stage(card, 4096, 2048, 0, 8, kind)
+    assert parts["times"]["memory"] == pytest.approx(4096 * 2048 / 8 / (0.92 * 1008e9) * 1e6)
+    macs = 32 * 4096 * 8 * 2  # of an SM, both planes
+    assert parts["times"]["tensor cores"] == pytest.approx(macs / (1024 * gpu_model.UTILIZATION) / card.clock / 1e3)
+    clocks = 16 * 1024 * 8 * 2 / 256  # of a warp for a step, on a quarter of an SM; each warp has 2 of the 8 steps
+    assert parts["times"]["steps"] == pytest.approx(2 * (gpu_model.L2_LATENCY + clocks / card.clock / 1e3))
+    assert parts["gap"] == 2 * card.gap  # two launches
+    large = gpu_model.gemm_stage(card, 4096, 2048, 0, 8, replace(gpu_model.MANY, tiles=2))
+    for what in ("tensor cores", "steps"):  # four times the rows on an SM, and the others have none
+        assert large["times"][what] == pytest.approx(4 * parts["times"][what])
+
+
+def test_small_blocks_help_where_there_are_few_tokens():
+    """By the model, on every card: and never more than the error where there are many."""
+    shape = synthetic.SHAPES["llama2-7b"]
+    for card in gpu_model.CARDS.values():
+        for join in (False, True):
+            before = gpu_model.few_tokens(card, shape, 2.0, 1, join=join)
+            for n in gpu_model.FEW_TOKENS[1:]:
+                planned = gpu_model.few_tokens(card, shape, 2.0, n, join=join)
+                large = gpu_model.few_tokens(card, shape, 2.0, n, gpu_model.MANY.rows, join)
+                assert planned > before
+                assert planned < large * (1 if n <= 32 else 1.3), (card.name, join, n)
+                before = planned
 
 
 def test_bits_and_joining_can_only_help():

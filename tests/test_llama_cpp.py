@@ -224,7 +224,7 @@ def test_backend_ops(llama_bin):
     result = run(llama_bin / "test-backend-ops", "test", "-b", "CPU", "-o", "DBF_MUL_MAT")
     assert result.returncode == 0, result.stdout[-2000:]
     passed = re.search(r"(\d+)/(\d+) tests passed", re.sub(r"\x1b\[[0-9;]*m", "", result.stdout))
-    assert passed and passed[1] == passed[2] and int(passed[1]) == 74, result.stdout[-2000:]
+    assert passed and passed[1] == passed[2] and int(passed[1]) == 76, result.stdout[-2000:]
 
 
 @pytest.mark.parametrize("name", cpu.INSTRUCTION_SETS)

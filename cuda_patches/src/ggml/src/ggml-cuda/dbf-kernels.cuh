@@ -473,10 +473,14 @@ __global__ void __launch_bounds__(32*WARPS, DBF_DECODE_BLOCKS(WARPS)) dbf_decode
 template <bool F16> struct dbf_accumulator       { typedef int   type; };
 template <>         struct dbf_accumulator<true> { typedef float type; };
 
+// of a warp, 16 bytes a lane: what it takes to have a step of a group of tokens
+template <bool F16> static constexpr int DBF_LOADS = (F16 ? DBF_F16_TOKENS : DBF_Q8_TOKENS)*DBF_STEP_BYTES/512;
+
 // Where the fragments of B are, in uint4. Of a group of tokens (8 columns) and a step, what one load of a warp takes lies
 // together: lane = 4*column + t.
+template <bool F16>
 static __device__ __forceinline__ int64_t dbf_fragment_at(int64_t group, int n_steps, int step, int load, int lane) {
-    return ((group*n_steps + step)*(DBF_Q8_TOKENS*DBF_STEP_BYTES/512) + load)*32 + lane;
+    return ((group*n_steps + step)*DBF_LOADS<F16> + load)*32 + lane;
 }
 
 // Rounds the input of one token, in one block, to planes (columns 2*token and 2*token + 1 of its group of 4) or to fp16 (its
@@ -535,7 +539,7 @@ __global__ void __launch_bounds__(32*DBF_ROUND_WARPS) dbf_round(const dbf_args a
                 }
                 const int64_t group = token/DBF_F16_TOKENS;
                 const int     at    = (token%DBF_F16_TOKENS)*4 + word/4;
-                out[((group*n_steps + step)*16 + (word%4)*4 + 2*b + half)*32 + at] = make_uint4(r[0], r[1], r[2], r[3]);
+                out[dbf_fragment_at<F16>(group, n_steps, step, (word%4)*4 + 2*b + half, at)] = make_uint4(r[0], r[1], r[2], r[3]);
             }
         }
         if (threadIdx.x == 0) {
@@ -550,8 +554,8 @@ __global__ void __launch_bounds__(32*DBF_ROUND_WARPS) dbf_round(const dbf_args a
             uint4 hi, lo;
             dbf_round_q8(v, inverse, hi, lo, info.sum_hi, info.sum_lo);
             const int at = 2*(token%DBF_Q8_TOKENS)*4 + word/4;
-            out[dbf_fragment_at(token/DBF_Q8_TOKENS, n_steps, step, (word%4)*2 + half, at)]     = hi;
-            out[dbf_fragment_at(token/DBF_Q8_TOKENS, n_steps, step, (word%4)*2 + half, at + 4)] = lo;
+            out[dbf_fragment_at<F16>(token/DBF_Q8_TOKENS, n_steps, step, (word%4)*2 + half, at)]     = hi;
+            out[dbf_fragment_at<F16>(token/DBF_Q8_TOKENS, n_steps, step, (word%4)*2 + half, at + 4)] = lo;
         }
         info.sum_hi = dbf_warp_sum(info.sum_hi);
         info.sum_lo = dbf_warp_sum(info.sum_lo);
@@ -571,138 +575,200 @@ __global__ void __launch_bounds__(32*DBF_ROUND_WARPS) dbf_round(const dbf_args a
     }
 }
 
-// Several tokens: a block of 4 warps computes 128 rows x 8*TILES columns. Each warp has 32 rows, for which it turns signs into
-// bytes (or fp16) once and uses them for all columns; the block shares the inputs of a step in shared memory. The signs are
-// shifted here and not masked in place: the shifts are shared by all columns, four sets of accumulators would not be.
+// acc += 32 rows of a step times TILES groups of tokens. row: the words of the rows g, g+8, g+16 and g+24. input(tile, load): what
+// this lane has of a load of the step. The signs are shifted here and not masked in place: the shifts are shared by all columns,
+// four sets of accumulators would not be.
+template <int TILES, bool F16, class Input>
+static __device__ __forceinline__ void dbf_gemm_step(typename dbf_accumulator<F16>::type (&acc)[2][TILES][4], const uint4 (&row)[4], const Input & input) {
+    DBF_UNROLL
+    for (int word = 0; word < 4; ++word) {
+        DBF_UNROLL
+        for (int part = 0; part < DBF_LOADS<F16>/4; ++part) {
+            uint32_t a[2][2][4]; // [tile of rows][pair of registers][fragment]
+            DBF_UNROLL
+            for (int r = 0; r < 4; ++r) {
+                DBF_UNROLL
+                for (int i = 0; i < 4; ++i) {
+                    const uint32_t w = dbf_get(row[r], word);
+                    // bits e and e + 16 become the signs of 1.0 in both halves: bit 1 -> +1
+                    a[r/2][i/2][2*(i%2) + r%2] = F16 ? ((w << (15 - (4*part + i))) & 0x80008000u) ^ 0xbc00bc00u
+                                                     : (w >> (4*part + i)) & 0x01010101u;
+                }
+            }
+            DBF_UNROLL
+            for (int tile = 0; tile < TILES; ++tile) {
+                const uint4 b = input(tile, DBF_LOADS<F16>/4*word + part);
+                DBF_UNROLL
+                for (int i = 0; i < 2; ++i) {
+                    const uint32_t pair[2] = { dbf_get(b, 2*i), dbf_get(b, 2*i + 1) };
+                    DBF_UNROLL
+                    for (int r = 0; r < 2; ++r) {
+                        if constexpr (F16) {
+                            dbf_mma_f16(acc[r][tile], a[r][i], pair);
+                        } else {
+                            dbf_mma_q8(acc[r][tile], a[r][i], pair);
+                        }
+                    }
+                }
+            }
+        }
+    }
+}
+
+// Sums of a row, the columns 2t and 2t + 1 of a group of tokens that begins with `first`
+template <bool F16, class Number>
+static __device__ __forceinline__ void dbf_gemm_store(const dbf_args & args, int row, int first, int t, Number c0, Number c1) {
+    const float scale = dbf_scale(args.s_out, args.s_out_type, row);
+    if constexpr (F16) { // columns 2t and 2t + 1 are tokens
+        DBF_UNROLL
+        for (int i = 0; i < 2; ++i) {
+            const int token = first + 2*t + i;
+            if (token < args.n_tokens) {
+                args.y[(int64_t) token*args.rows + row] = scale*(args.info[token].d*(i == 0 ? c0 : c1));
+            }
+        }
+    } else { // and here the planes of token t
+        const int token = first + t;
+        if (token < args.n_tokens) {
+            const dbf_rounding info = args.info[token];
+            args.y[(int64_t) token*args.rows + row] =
+                scale*(info.d*(256.0f*(float) (2*c0 - info.sum_hi) + (float) (2*c1 - info.sum_lo)));
+        }
+    }
+}
+
+// Several tokens: 4 warps compute 8*TILES columns. Each warp multiplies 32 rows at a time, for which it turns signs into bytes
+// (or fp16) once and uses them for all columns. There are two kinds of block, by TILES:
+//
+//              many columns: 128 rows              few columns: 32 rows
+//
+//           step  0   1   2   3   4  ..         step  0   1   2   3   4  ..
+//              +---+---+---+---+---+                +---+---+---+---+---+
+//      warp 0  |   |   |   |   |   |                | 0 | 1 | 2 | 3 | 0 |  warp, and its sums are
+//      warp 1  |   |   |   |   |   |                +---+---+---+---+---+  added to the others' at the end
+//      warp 2  |   |   |   |   |   |
+//      warp 3  |   |   |   |   |   |
+//              +---+---+---+---+---+
+//
+// Many columns: the warps want the same input at the same time, and share it in shared memory. Few: the warps divide the steps
+// (DBF_GEMM_DIVIDES_STEPS), because 4096 rows would be 32 blocks otherwise, and most of a large card would idle. No two
+// warps want the same input, so it goes straight to registers, and nobody waits for anybody before the end.
+//
+//   shared memory:  input of a step [TILES][LOADS][32] uint4  or  partial sums [WARPS][4][TILES][32] pairs
 template <int TILES, int VECTOR, bool F16>
-__global__ void __launch_bounds__(32*DBF_GEMM_WARPS, DBF_GEMM_BLOCKS) dbf_gemm(const dbf_args args) {
+__global__ void __launch_bounds__(32*DBF_GEMM_WARPS, DBF_GEMM_BLOCKS(TILES)) dbf_gemm(const dbf_args args) {
     if (!DBF_HAS_MMA) {
         return;
     }
-    constexpr int TOKENS = F16 ? DBF_F16_TOKENS : DBF_Q8_TOKENS; // in a tile of columns
-    constexpr int LOADS  = TOKENS*DBF_STEP_BYTES/512;            // of a warp, for a step and such a tile
+    constexpr bool DIVIDES = DBF_GEMM_DIVIDES_STEPS(TILES);
+    constexpr int  TOKENS  = F16 ? DBF_F16_TOKENS : DBF_Q8_TOKENS; // in a tile of columns
+    constexpr int  LOADS   = DBF_LOADS<F16>;
+    constexpr int  STRIDE  = DIVIDES ? DBF_GEMM_WARPS : 1;         // from a step of a warp to its next
+    constexpr int  AHEAD   = DIVIDES ? DBF_AHEAD : 1;
 
-    DBF_SHARED(uint4, input); // [TILES][LOADS][32]
+    typedef typename dbf_accumulator<F16>::type number;
+    struct alignas(8) sums { number c0, c1; };                     // of a row, the columns 2t and 2t + 1
+
+    DBF_SHARED(uint4, shared);
 
     const int lane  = threadIdx.x%32;
     const int warp  = threadIdx.x/32;
     const int g     = lane/4;
     const int t     = lane%4;
-    const int row0  = blockIdx.x*DBF_GEMM_ROWS + warp*2*DBF_TILE_ROWS + g;
+    const int row0  = blockIdx.x*DBF_GEMM_ROWS(TILES) + (DIVIDES ? 0 : warp*2*DBF_TILE_ROWS) + g;
     const int group = blockIdx.y*TILES;
+    const int step0 = DIVIDES ? warp : 0;
 
     const int n_steps  = (args.n_words + DBF_STEP_WORDS - 1)/DBF_STEP_WORDS;
     const int n_groups = (args.n_tokens + TOKENS - 1)/TOKENS;
 
-    typedef typename dbf_accumulator<F16>::type number;
     number acc[2][TILES][4] = {};
 
     const uint32_t * rows[4]; // row0, + 8, + 16, + 24
-    uint4 next[4];
+    uint4 ahead[AHEAD][4];    // [this step, the next one]
     DBF_UNROLL
     for (int r = 0; r < 4; ++r) {
         rows[r] = dbf_row(args, row0 + 8*r);
-        next[r] = dbf_load_signs<VECTOR, false>(rows[r], args.n_words, 0, t);
+        DBF_UNROLL
+        for (int i = 0; i < AHEAD; ++i) {
+            ahead[i][r] = dbf_load_signs<VECTOR, false>(rows[r], args.n_words, step0 + i*STRIDE, t);
+        }
     }
     dbf_let_next_kernel_start();
     dbf_wait_for_previous_kernel();
-    for (int step = 0; step < n_steps; ++step) {
-        __syncthreads(); // the last step's input has been read
-        for (int i = threadIdx.x; i < TILES*LOADS*32; i += 32*DBF_GEMM_WARPS) {
-            const int tile = i/(LOADS*32);
-            input[i] = group + tile < n_groups ? ((const uint4 *) args.rounded)[((int64_t) (group + tile)*n_steps + step)*LOADS*32 + i%(LOADS*32)]
-                                               : make_uint4(0, 0, 0, 0);
+
+    // A group of tokens that there is not: many columns take zeros, few the last group again, whichever needs no condition in
+    // the loop. A column of C depends on that column of B alone, and nobody looks at theirs.
+    const uint4 * rounded = (const uint4 *) args.rounded;
+    const uint4 * columns[TILES];
+    DBF_UNROLL
+    for (int tile = 0; tile < TILES; ++tile) {
+        columns[tile] = DIVIDES ? rounded + dbf_fragment_at<F16>(min(group + tile, n_groups - 1), n_steps, 0, 0, lane)
+                                : shared + tile*LOADS*32 + lane;
+    }
+
+    for (int step = step0; step < n_steps; step += STRIDE) {
+        if constexpr (!DIVIDES) {
+            __syncthreads(); // the last step's input has been read
+            for (int i = threadIdx.x; i < TILES*LOADS*32; i += 32*DBF_GEMM_WARPS) {
+                const int tile = i/(LOADS*32);
+                shared[i] = group + tile < n_groups ? rounded[dbf_fragment_at<F16>(group + tile, n_steps, step, 0, i%(LOADS*32))]
+                                                    : make_uint4(0, 0, 0, 0);
+            }
         }
         uint4 row[4];
         DBF_UNROLL
         for (int r = 0; r < 4; ++r) {
-            row[r]  = next[r];
-            next[r] = dbf_load_signs<VECTOR, false>(rows[r], args.n_words, step + 1, t);
-        }
-        __syncthreads();
-
-        if constexpr (F16) {
+            row[r] = ahead[0][r];
             DBF_UNROLL
-            for (int word = 0; word < 4; ++word) {
-                DBF_UNROLL
-                for (int quarter = 0; quarter < 4; ++quarter) {
-                    uint32_t a[2][2][4]; // [tile of rows][pair of registers][fragment]
-                    DBF_UNROLL
-                    for (int r = 0; r < 4; ++r) {
-                        DBF_UNROLL
-                        for (int i = 0; i < 4; ++i) {
-                            // bits e and e + 16 become the signs of 1.0 in both halves: bit 1 -> +1
-                            const uint32_t bits = dbf_get(row[r], word) << (15 - (4*quarter + i));
-                            a[r/2][i/2][2*(i%2) + r%2] = (bits & 0x80008000u) ^ 0xbc00bc00u;
-                        }
-                    }
-                    DBF_UNROLL
-                    for (int tile = 0; tile < TILES; ++tile) {
-                        const uint4 b = input[(tile*LOADS + 4*word + quarter)*32 + lane];
-                        DBF_UNROLL
-                        for (int i = 0; i < 2; ++i) {
-                            const uint32_t pair[2] = { dbf_get(b, 2*i), dbf_get(b, 2*i + 1) };
-                            dbf_mma_f16(acc[0][tile], a[0][i], pair);
-                            dbf_mma_f16(acc[1][tile], a[1][i], pair);
-                        }
-                    }
-                }
+            for (int i = 1; i < AHEAD; ++i) {
+                ahead[i - 1][r] = ahead[i][r];
             }
-        } else {
-            DBF_UNROLL
-            for (int word = 0; word < 4; ++word) {
-                DBF_UNROLL
-                for (int half = 0; half < 2; ++half) {
-                    uint32_t a[2][2][4]; // [tile of rows][pair of registers][fragment]
-                    DBF_UNROLL
-                    for (int r = 0; r < 4; ++r) {
-                        DBF_UNROLL
-                        for (int i = 0; i < 4; ++i) {
-                            a[r/2][i/2][2*(i%2) + r%2] = (dbf_get(row[r], word) >> (4*half + i)) & 0x01010101u;
-                        }
-                    }
-                    DBF_UNROLL
-                    for (int tile = 0; tile < TILES; ++tile) {
-                        const uint4 b = input[(tile*LOADS + 2*word + half)*32 + lane];
-                        DBF_UNROLL
-                        for (int i = 0; i < 2; ++i) {
-                            const uint32_t pair[2] = { dbf_get(b, 2*i), dbf_get(b, 2*i + 1) };
-                            dbf_mma_q8(acc[0][tile], a[0][i], pair);
-                            dbf_mma_q8(acc[1][tile], a[1][i], pair);
-                        }
-                    }
-                }
-            }
+            ahead[AHEAD - 1][r] = dbf_load_signs<VECTOR, false>(rows[r], args.n_words, step + AHEAD*STRIDE, t);
         }
+        if constexpr (!DIVIDES) {
+            __syncthreads(); // the input is there
+        }
+        const int64_t skip = DIVIDES ? (int64_t) step*LOADS*32 : 0;
+        dbf_gemm_step<TILES, F16>(acc, row, [&](int tile, int load) { return columns[tile][skip + load*32]; });
     }
 
-    DBF_UNROLL
-    for (int r = 0; r < 4; ++r) {
-        const int row = row0 + 8*r;
-        if (row >= args.rows) {
-            continue;
+    if constexpr (DIVIDES) {
+        // Every warp shows its sums, and ends a quarter of the rows.
+        sums * partial = (sums *) shared;
+        DBF_UNROLL
+        for (int r = 0; r < 4; ++r) {
+            DBF_UNROLL
+            for (int tile = 0; tile < TILES; ++tile) {
+                partial[((warp*4 + r)*TILES + tile)*32 + lane] = { acc[r/2][tile][2*(r%2)], acc[r/2][tile][2*(r%2) + 1] };
+            }
         }
-        const float scale = dbf_scale(args.s_out, args.s_out_type, row);
+        __syncthreads(); // the sums of all warps are there
+        const int row = row0 + 8*warp;
+        if (row >= args.rows) {
+            return;
+        }
         DBF_UNROLL
         for (int tile = 0; tile < TILES; ++tile) {
-            const number c0 = acc[r/2][tile][2*(r%2)];
-            const number c1 = acc[r/2][tile][2*(r%2) + 1];
-            const int first = (group + tile)*TOKENS;
-            if constexpr (F16) { // columns 2t and 2t + 1 are tokens
-                DBF_UNROLL
-                for (int i = 0; i < 2; ++i) {
-                    const int token = first + 2*t + i;
-                    if (token < args.n_tokens) {
-                        args.y[(int64_t) token*args.rows + row] = scale*(args.info[token].d*(i == 0 ? c0 : c1));
-                    }
-                }
-            } else { // and here the planes of token t
-                const int token = first + t;
-                if (token < args.n_tokens) {
-                    const dbf_rounding info = args.info[token];
-                    args.y[(int64_t) token*args.rows + row] =
-                        scale*(info.d*(256.0f*(float) (2*c0 - info.sum_hi) + (float) (2*c1 - info.sum_lo)));
-                }
+            sums sum = { 0, 0 };
+            DBF_UNROLL
+            for (int w = 0; w < DBF_GEMM_WARPS; ++w) { // always in this order
+                const sums other = partial[((w*4 + warp)*TILES + tile)*32 + lane];
+                sum.c0 += other.c0;
+                sum.c1 += other.c1;
+            }
+            dbf_gemm_store<F16>(args, row, (group + tile)*TOKENS, t, sum.c0, sum.c1);
+        }
+    } else {
+        DBF_UNROLL
+        for (int r = 0; r < 4; ++r) {
+            const int row = row0 + 8*r;
+            if (row >= args.rows) {
+                continue;
+            }
+            DBF_UNROLL
+            for (int tile = 0; tile < TILES; ++tile) {
+                dbf_gemm_store<F16>(args, row, (group + tile)*TOKENS, t, acc[r/2][tile][2*(r%2)], acc[r/2][tile][2*(r%2) + 1]);
             }
         }
     }

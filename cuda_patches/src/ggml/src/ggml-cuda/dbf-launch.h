@@ -23,15 +23,18 @@
 #define DBF_STEP_WORDS    16  // words of a row that a warp takes at a time: 4 lanes with 4 words (16 bytes) each
 #define DBF_TILE_ROWS     16  // rows of a tile: m of the tensor cores' m16n8k32
 #define DBF_GEMM_WARPS    4
-#define DBF_GEMM_ROWS     (2*DBF_TILE_ROWS*DBF_GEMM_WARPS)
 #define DBF_ROUND_WARPS   8
 #define DBF_STEP_BYTES    (2*DBF_WORD*DBF_STEP_WORDS)   // of a step's input in two planes of int8, and also in fp16
 #define DBF_Q8_TOKENS     4   // tokens in the 8 columns of a tile: two planes each
 #define DBF_F16_TOKENS    8
 
+// Several tokens: the 4 warps of a block with few tiles of columns divide the steps, with many the rows. See dbf_gemm.
+#define DBF_GEMM_DIVIDES_STEPS(tiles) ((tiles) <= 2)
+#define DBF_GEMM_ROWS(tiles)          (2*DBF_TILE_ROWS*(DBF_GEMM_DIVIDES_STEPS(tiles) ? 1 : DBF_GEMM_WARPS))
+
 // registers a thread may take, as __launch_bounds__ promises the compiler; with it the blocks on a multiprocessor
 #define DBF_DECODE_BLOCKS(warps) ((warps) == 8 ? 2 : 1)
-#define DBF_GEMM_BLOCKS          2
+#define DBF_GEMM_BLOCKS(tiles)   (DBF_GEMM_DIVIDES_STEPS(tiles) ? 4 : 2)
 
 enum dbf_path {
     DBF_PATH_DEFAULT, // two planes of int8
@@ -200,25 +203,31 @@ static inline dbf_launch dbf_plan_round(int stage, int64_t n_tokens, bool f16) {
     return l;
 }
 
-static inline dbf_launch dbf_plan_gemm(int stage, int64_t rows, int64_t n_tokens, bool words, bool f16) {
-    const int64_t groups = dbf_div_up(n_tokens, f16 ? DBF_F16_TOKENS : DBF_Q8_TOKENS);
+static inline dbf_launch dbf_plan_gemm(const dbf_device & device, int stage, int64_t rows, int64_t n_tokens, bool words, bool f16) {
+    const int64_t tokens = f16 ? DBF_F16_TOKENS : DBF_Q8_TOKENS; // in a tile of columns
+    const int64_t groups = dbf_div_up(n_tokens, tokens);
+
+    // Blocks of many columns read the signs and the input fewer times, and turn signs into bytes for more columns at once. They
+    // pay where there is one for each multiprocessor, and where little of them is columns without a token.
+    const int     many   = f16 ? 4 : 8;
+    const int64_t across = dbf_div_up(groups, many);
+    const bool    pays   = dbf_div_up(rows, DBF_GEMM_ROWS(many))*across >= device.n_sm && 4*groups >= 3*many*across;
+    const int     tiles  = pays ? many : groups <= 1 || f16 ? 1 : 2; // of columns in a block
 
     dbf_launch l = {};
-    int tiles; // of columns in a block
     if (f16) {
-        tiles    = groups <= 1 ? 1 : 4;
         l.kernel = tiles == 1 ? (words ? DBF_KERNEL_GEMM_F16_1_WORDS : DBF_KERNEL_GEMM_F16_1)
                               : (words ? DBF_KERNEL_GEMM_F16_4_WORDS : DBF_KERNEL_GEMM_F16_4);
     } else {
-        tiles    = groups <= 1 ? 1 : groups <= 2 ? 2 : 8;
         l.kernel = tiles == 1 ? (words ? DBF_KERNEL_GEMM_Q8_1_WORDS : DBF_KERNEL_GEMM_Q8_1)
                  : tiles == 2 ? (words ? DBF_KERNEL_GEMM_Q8_2_WORDS : DBF_KERNEL_GEMM_Q8_2)
                               : (words ? DBF_KERNEL_GEMM_Q8_8_WORDS : DBF_KERNEL_GEMM_Q8_8);
     }
     l.stage  = stage;
-    l.grid   = { (int) dbf_div_up(rows, DBF_GEMM_ROWS), (int) dbf_div_up(groups, tiles) };
+    l.grid   = { (int) dbf_div_up(rows, DBF_GEMM_ROWS(tiles)), (int) dbf_div_up(groups, tiles) };
     l.block  = 32*DBF_GEMM_WARPS;
-    l.shared = (size_t) tiles*(f16 ? DBF_F16_TOKENS : DBF_Q8_TOKENS)*DBF_STEP_BYTES;
+    l.shared = DBF_GEMM_DIVIDES_STEPS(tiles) ? DBF_GEMM_WARPS*DBF_GEMM_ROWS(tiles)*8*tiles*sizeof(int32_t) // the sums of each warp
+                                             : tiles*tokens*DBF_STEP_BYTES;                               // input of a step
     return l;
 }
 
@@ -253,7 +262,7 @@ static inline dbf_plan dbf_make_plan(const dbf_shape & shape, const dbf_device &
         const bool    words = n % (4*DBF_WORD) != 0 || !(stage == 0 ? b_vector : a_vector);
         if (rounded_once) {
             plan.launches[plan.n_launches++] = dbf_plan_round(stage, shape.n_tokens, f16);
-            plan.launches[plan.n_launches++] = dbf_plan_gemm(stage, rows, shape.n_tokens, words, f16);
+            plan.launches[plan.n_launches++] = dbf_plan_gemm(device, stage, rows, shape.n_tokens, words, f16);
         } else {
             plan.launches[plan.n_launches++] = dbf_plan_decode(device, stage, n, rows, shape.n_tokens, words, mma);
         }
