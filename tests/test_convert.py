@@ -696,7 +696,7 @@ def test_joined_linears_with_everything_else(model, text, tmp_path, monkeypatch,
     error = fails(monkeypatch, capsys, *arguments, "--resume", "--join", "qkv")
     assert "join was qkv,gate_up, now qkv" in error
     measured = ["--budget", work.path / "budget.json", "-o", "other.gguf"]
-    assert "another --join" in fails(monkeypatch, capsys, *arguments, *measured)
+    assert "another --join" in fails(monkeypatch, capsys, *arguments, *measured, "--join", "none")
 
 
 def test_help_names_every_option_in_a_group():
