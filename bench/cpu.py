@@ -1,7 +1,8 @@
 """How fast DBF runs on this CPU, beside the types of llama.cpp.
 
     python bench/cpu.py                                   # Llama-2-7B's shape, 8 of its layers, 2 threads
-    python bench/cpu.py tinyllama-1.1b --layers 22 --threads 8 --types Q4_0 Q2_K
+    python bench/cpu.py tinyllama-1.1b --layers 0 --threads 8 --types Q4_0 Q2_K
+    python bench/cpu.py smollm2-135m --layers 0 --bits 1.5 --types F16 Q8_0 Q4_0 --parts decode
     python bench/cpu.py --micro                           # the kernels alone
 
 Models with random weights (bench/synthetic.py) take turns, round after round, so that what else the machine does hits
@@ -318,7 +319,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("model", nargs="?", default="llama2-7b", help="as for bench/synthetic.py (default: llama2-7b)")
     parser.add_argument("--micro", action="store_true", help="time the kernels of each instruction set, nothing else")
-    parser.add_argument("--layers", type=int, default=8, help="blocks of the model (default: 8)")
+    parser.add_argument("--layers", type=int, default=8, help="blocks of the model (default: 8; 0 for all)")
     parser.add_argument("--bits", nargs="+", type=float, default=list(BITS), help="of DBF (default: 1.0 1.5 2.0)")
     others = [name for name in synthetic.TYPES if name != "DBF"]
     parser.add_argument(
@@ -329,8 +330,8 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=2, help="default: 2")
     parser.add_argument("--out", type=Path, default=Path("cpu"), help="folder for all files (default: cpu)")
     arguments = parser.parse_args(argv)
-    if min(arguments.layers, arguments.rounds, arguments.threads) < 1:
-        parser.error("--layers, --rounds and --threads must be at least 1")
+    if min(arguments.rounds, arguments.threads) < 1 or arguments.layers < 0:
+        parser.error("--rounds and --threads must be at least 1, --layers 0 or more")
     return arguments
 
 
@@ -345,7 +346,8 @@ def main(argv: list[str]) -> int:
             return 0
         if importlib.util.find_spec("matplotlib") is None:
             raise DBFError("matplotlib missing: pip install -e '.[bench]'")
-        shape = replace(synthetic.find_shape(arguments.model), n_layer=arguments.layers)
+        shape = synthetic.find_shape(arguments.model)
+        shape = replace(shape, n_layer=arguments.layers or shape.n_layer)
         settings = Settings(
             shape,
             tuple(arguments.bits),

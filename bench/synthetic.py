@@ -78,6 +78,11 @@ class Shape:
     def head_dim(self) -> int:
         return self.n_embd // self.n_head
 
+    @property
+    def table_type(self) -> str:
+        """Of the embeddings and the output head, where none is named."""
+        return "Q8_0" if self.n_embd % TENSOR_TYPES[TYPE_IDS["Q6_K"]][1] else "Q6_K"
+
     def linears(self, join: bool = False) -> dict[str, tuple[int, int]]:
         """Of one block: name -> (n_out, n_in), in the order in which `convert` goes through them.
 
@@ -114,6 +119,7 @@ SHAPES = {
         Shape("llama3-8b", 4096, 14336, 32, 8, 32, 128256, 8192, 500000.0),
         Shape("mistral-7b", 4096, 14336, 32, 8, 32, 32768, 4096, 1000000.0),
         Shape("tinyllama-1.1b", 2048, 5632, 32, 4, 22, 32000, 2048),
+        Shape("smollm2-135m", 576, 1536, 9, 3, 30, 49152, 8192, 100000.0),
     )
 }
 
@@ -189,12 +195,13 @@ def plans(
     bits: float | None = None,
     *,
     join: bool = False,
-    embedding_type: str = "Q6_K",
-    output_type: str = "Q6_K",
+    embedding_type: str | None = None,
+    output_type: str | None = None,
 ) -> list[Plan]:
     """All tensors of a model in the order of the file; `write` says what the arguments are."""
     n_embd = shape.n_embd
     join = join and kind == "DBF"
+    embedding_type, output_type = embedding_type or shape.table_type, output_type or shape.table_type
     result = [Plan("token_embd.weight", embedding_type, (n_embd, shape.n_vocab), 1.0)]
     result.append(Plan("output_norm.weight", "F32", (n_embd,), 1.0))
     result.append(Plan("output.weight", output_type, (n_embd, shape.n_vocab), LOGITS / math.sqrt(n_embd)))
@@ -331,13 +338,14 @@ def write(
     bits: float | None = None,
     *,
     join: bool = False,
-    embedding_type: str = "Q6_K",
-    output_type: str = "Q6_K",
+    embedding_type: str | None = None,
+    output_type: str | None = None,
     seed: int = 0,
 ) -> int:
     """Writes a model whose linears are of type `kind`, DBF with `bits` a weight; returns the bytes of the file.
 
     join  DBF linears that read the same input share their factors
+    embedding_type, output_type  None: the shape's `table_type`
 
     The file has its name when it is complete. Raises DBFError when a type does not fit the shape or the disk is full.
     """
@@ -392,7 +400,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--layers", type=int, help="blocks (default: all)")
     others = [name for name in TYPES if name != "DBF"]
     for part in ("embedding", "output"):
-        parser.add_argument(f"--{part}-type", type=str.upper, choices=others, default="Q6_K", help="(default: Q6_K)")
+        about = "default: Q6_K, or Q8_0 where rows do not fit it"
+        parser.add_argument(f"--{part}-type", type=str.upper, choices=others, help=about)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args(argv)
     try:

@@ -60,6 +60,15 @@ def test_a_synthetic_model_keeps_the_rules_of_the_format(tmp_path, join):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["tiny.gguf"]
 
 
+def test_narrow_rows_have_another_type_for_embeddings_and_head(tmp_path):
+    shape = synthetic.Shape("narrow", n_embd=96, n_ff=64, n_head=3, n_head_kv=1, n_layer=1, n_vocab=600)
+    for kind in ("DBF", "Q4_0"):
+        synthetic.write(tmp_path / "narrow.gguf", shape, kind, 1.5)
+        with GGUFFile(tmp_path / "narrow.gguf") as file:
+            for name in ("token_embd", "output"):
+                assert TENSOR_TYPES[file.tensors[f"{name}.weight"].type][0] == "Q8_0"
+
+
 def test_the_same_seed_gives_the_same_file(tmp_path):
     contents = []
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
