@@ -83,7 +83,7 @@ class Settings:
     files: tuple[Path, ...] = ()  # models to decode instead of synthetic ones
     models: tuple[synthetic.Shape, ...] = tuple(synthetic.SHAPES[name] for name in PAPER_DECODE)
     decode_types: tuple[str, ...] = DECODE_TYPES
-    joins: tuple[bool, ...] = (False, True)  # DBF linears as they are, and as with convert --join qkv,gate_up
+    joins: tuple[bool, ...] = (False, True)  # DBF linears as with convert --join none, and as it joins them
     n_prompt: int = 512
     n_gen: int = 128
     check: synthetic.Shape = CHECK_SHAPE

@@ -94,7 +94,8 @@ class Gemm:
 
 FEW = {1: Gemm(1, 32, 4, 2, 22.0), 2: Gemm(2, 32, 4, 2, 26.0)}
 MANY = Gemm(8, 128, 2, 1, 50.0)
-FEW_TOKENS = (1, 4, 8, 16, 32, 64, 128)  # of the table
+MANY_AS_FEW = 11  # a block of many columns takes as long as so many of two tiles (DBF_GEMM_MANY_AS_FEW)
+FEW_TOKENS = (1, 4, 8, 16, 32, 48, 64, 128)  # of the table
 
 EFFICIENCY = 0.92  # of the specified bandwidth, which a long stream of loads reaches
 LATENCY = 0.7  # µs until the first bytes arrive
@@ -181,7 +182,7 @@ def token(
 ) -> dict[str, float]:
     """µs of one decoded token by its parts; `bits` None is F16, head included, else the head is Q6_K.
 
-    join     as with `convert --join qkv,gate_up`
+    join     linears that read the same input are one, as convert makes them
     early    DBF launches overlap, see `stage`
     context  tokens in the cache: 64 on average over 128 from an empty prompt
     """
@@ -234,16 +235,18 @@ ANCHORS = (  # card, shape, type, bytes a weight, tokens a step, tokens a second
 
 def gemm(card: Card, rows: int, tokens: int) -> Gemm:
     """The kind of block that the plan takes (dbf_plan_gemm in dbf-launch.h)."""
-    groups = math.ceil(tokens / MANY.tokens)
-    across = math.ceil(groups / MANY.tiles)
-    pays = math.ceil(rows / MANY.rows) * across >= card.sms and 4 * groups >= 3 * MANY.tiles * across
-    return MANY if pays else FEW[min(groups, 2)]
+    few = FEW[1 if tokens <= MANY.tokens else 2]
+    return MANY if MANY_AS_FEW * busiest(card, rows, tokens, MANY) <= busiest(card, rows, tokens, few) else few
+
+
+def busiest(card: Card, rows: int, tokens: int, kind: Gemm) -> int:
+    """Blocks of the SM that has most of them."""
+    return math.ceil(math.ceil(rows / kind.rows) * math.ceil(tokens / (kind.tokens * kind.tiles)) / card.sms)
 
 
 def gemm_stage(card: Card, n: int, rows: int, scales: int, tokens: int, kind: Gemm) -> dict[str, float]:
     """Two launches for several tokens, the input is rounded and multiplied: parts in µs as in `stage`, and `round`."""
-    across = math.ceil(math.ceil(tokens / kind.tokens) / kind.tiles)
-    blocks = math.ceil(math.ceil(rows / kind.rows) * across / card.sms)  # of the SM with most of them
+    blocks = busiest(card, rows, tokens, kind)
     resident = min(kind.blocks, blocks)
     steps = math.ceil(n / KERNEL.step)
     signs = blocks * kind.rows * n  # that this SM multiplies
@@ -273,7 +276,11 @@ def gemm_stage(card: Card, n: int, rows: int, scales: int, tokens: int, kind: Ge
 
 
 def few_tokens(card: Card, shape: Shape, bits: float, tokens: int, rows: int | None = None, join: bool = True) -> float:
-    """ms of the linears of a model for some tokens. `rows`: as if all blocks had as many as those of many columns."""
+    """ms of the linears of a model for some tokens.
+
+    rows  None: the blocks that the plan takes; 32: all of few columns; 128: all with so many rows, and with the columns
+          that there would be if there were no other kind
+    """
     total = 0.0
     for n_out, n_in in shape.linears(join).values():
         k = width(n_in, n_out, bits)
@@ -282,9 +289,11 @@ def few_tokens(card: Card, shape: Shape, bits: float, tokens: int, rows: int | N
                 total += launch(stage(card, n, height, scales))
                 continue
             kind = gemm(card, height, tokens)
-            if rows:  # with the columns that these would have
+            if rows == MANY.rows:
                 like = FEW.get(math.ceil(tokens / MANY.tokens), MANY)
-                kind = replace(MANY, rows=rows, tiles=like.tiles, instructions=like.instructions)
+                kind = replace(MANY, tiles=like.tiles, instructions=like.instructions)
+            elif rows:
+                kind = FEW[1 if tokens <= MANY.tokens else 2]
             parts = gemm_stage(card, n, height, scales, tokens, kind)
             total += launch(parts) + parts["round"]
     return shape.n_layer * total / 1e3
@@ -294,7 +303,7 @@ def few_tokens(card: Card, shape: Shape, bits: float, tokens: int, rows: int | N
 
 
 def batch(card: Card, shape: Shape, bits: float, n: int) -> dict[str, float]:
-    """ms of the linears of a model for `n` tokens, by the way they take.
+    """ms of the linears of a model for many tokens, by the way they take: the tensor cores' time alone.
 
     planes  both int8 planes by mma.sync       fp16    activations in fp16 by mma.sync, signs expanded in registers
     cublas  signs expanded to fp16 in memory, written and read once, then cuBLAS
@@ -395,7 +404,7 @@ def early_table(bits: float = 1.5) -> str:
 def few_tokens_table(name: str = "llama2-7b", bits: float = 2.0) -> str:
     cells = [["card", "blocks", *(f"{n}" for n in FEW_TOKENS)]]
     for card in CARDS.values():
-        for what, rows in (("all of 128 rows", MANY.rows), ("as planned", None)):
+        for what, rows in (("all of 128 rows", MANY.rows), ("all of 32 rows", FEW[2].rows), ("as planned", None)):
             times = [few_tokens(card, SHAPES[name], bits, n, rows) for n in FEW_TOKENS]
             cells.append([card.name, what, *(f"{time:.2f}" for time in times)])
     return markdown(cells)
@@ -404,7 +413,7 @@ def few_tokens_table(name: str = "llama2-7b", bits: float = 2.0) -> str:
 def batch_table(name: str = "llama2-7b", bits: float = 2.0) -> str:
     cells = [["card", "tokens", "two int8 planes", "fp16", "expanded, cuBLAS", "fastest"]]
     for card in CARDS.values():
-        for n in (64, 512, 2048):
+        for n in (512, 2048):
             times = batch(card, SHAPES[name], bits, n)
             row = [card.name, str(n), *(f"{time:.1f}" for time in times.values())]
             cells.append([*row, min(times, key=times.get)])

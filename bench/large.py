@@ -4,9 +4,12 @@
 
 Writes checkpoints of the shape of Llama-2-7B (hidden 4096, feed-forward 11008, 32 heads, vocabulary 32000, untied) with
 2 and with 6 blocks of random weights into FOLDER (sharded safetensors in float16; 4.3 GB for both, and as much room for
-their results), converts both with `--tune none` in processes of their own, and says how much memory these took and how
-long a linear took. Ends with status 1 when a conversion fails, when one takes more than 6 GB (10^9 bytes), or when the
-two differ by more than 10 %. Linux only: memory is read from /proc.
+their results), converts both with `--tune none --join none` in processes of their own, and says how much memory these
+took and how long a linear took. Ends with status 1 when a conversion fails, when one takes more than 6 GB (10^9 bytes),
+or when the two differ by more than 10 %. Linux only: memory is read from /proc.
+
+Without joint linears, because their times are of the paper's matrices; with them gate and up, twice as high as either,
+need more memory, which has not been measured.
 
 Memory: resident set size of the process and its children together, twenty times a second, and their own high-water
 marks; the pages of mapped files count. Time: the first checkpoint is converted with three times the iterations of the

@@ -86,7 +86,7 @@ class Shape:
     def linears(self, join: bool = False) -> dict[str, tuple[int, int]]:
         """Of one block: name -> (n_out, n_in), in the order in which `convert` goes through them.
 
-        join  as with `convert --join qkv,gate_up`, where those that read the same input are one linear
+        join  those that read the same input are one linear, as convert makes them
         """
         n_kv = self.n_head_kv * self.head_dim
         if join:

@@ -234,6 +234,7 @@ int main(int argc, char ** argv) {
                             check(same == (t->ne[1] < dbf_tables::ROWS), "tiles differ from rows", n_in, k, n_out);
                         }
                         check(compute(op, false, 2) == of_rows, "tiles", n_in, k, n_out);
+                        check(rows.size() < 2 || compute(op, true, 1) == want, "reference of tiles", n_in, k, n_out);
                         for (size_t i = 0; i < in_tiles.size(); ++i) {
                             std::vector<char> back(rows[i].size());
                             ggml_cpu_dbf_get_rows(in_tiles[i], back.data());

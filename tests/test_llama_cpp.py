@@ -237,9 +237,13 @@ def test_kernels_of_every_instruction_set(name, patched_tree, llama_bin, tmp_pat
         pytest.skip(f"compiled, but this CPU has no {name}")
     result = run(tmp_path / "kernels")
     assert result.returncode == 0, result.stdout
-    for layout in cpu.INSTRUCTION_SETS[name].layouts:  # what bench/cpu.py --micro calls
+    takes_tiles = name == "avx2" or platform.machine() == "aarch64"
+    for layout in cpu.LAYOUTS:  # what bench/cpu.py --micro calls
         timed = run(tmp_path / "kernels", layout, 64, 32, 64, 1, 2, 1)
-        assert timed.returncode == 0 and float(timed.stdout) > 0, timed.stdout + timed.stderr
+        if layout == "tiles" and not takes_tiles:
+            assert timed.returncode == cpu.NO_TILES
+        else:
+            assert timed.returncode == 0 and float(timed.stdout) > 0, timed.stdout + timed.stderr
 
 
 @pytest.mark.parametrize("options", [(), ("-DWITH_VNNI",)], ids=["avx512", "avx512vnni"])
@@ -252,6 +256,7 @@ def test_avx512_kernels_on_any_cpu(options, patched_tree, llama_bin, tmp_path):
     shim = Path(__file__).with_name("avx512_simde.h")
     flags = (*cpu.INSTRUCTION_SETS["avx2"].flags, *options, "-include", str(shim))
     cpu.compile_kernels(flags, patched_tree, llama_bin, tmp_path / "kernels")
+    assert run(tmp_path / "kernels", "tiles", 64, 32, 64, 1, 1, 1).returncode == cpu.NO_TILES  # AVX-512 it is
     result = run(tmp_path / "kernels")
     assert result.returncode == 0, result.stdout
 
@@ -504,6 +509,8 @@ def test_factors_in_tiles_compute_the_same(name, llama_bin, files):
     ppl, log = perplexity(llama_bin, files / name, files, "-v")
     in_rows, log_of_rows = perplexity(llama_bin, files / name, files, "-v", "--no-repack")
     assert ppl == in_rows
+    one_by_one = [perplexity(llama_bin, files / name, files, "-ub", 1, *more)[0] for more in ((), ("--no-repack",))]
+    assert one_by_one[0] == one_by_one[1]
     looks_up = cpu.available("avx2") if platform.machine() == "x86_64" else platform.machine() == "aarch64"
     assert ("CPU_DBF model buffer" in log) == (looks_up and cpu.WIDE not in cpu.cpu_flags())
     assert "CPU_DBF model buffer" not in log_of_rows

@@ -63,6 +63,7 @@ static void usage(FILE * f) {
         "\n"
         "  --list              the devices there are, and nothing else\n"
         "  --backend NAME      where to compute, a name from --list (default: CPU)\n"
+        "                      (the CPU reads factors in rows here, and not in tiles, into which a model's loader may put them)\n"
         "  --case TYPE:N_IN:N_OUT[:K]\n"
         "                      a linear to time, may be given repeatedly. TYPE is dbf (with K middle channels), a ggml type\n"
         "                      (f16, q2_k, iq2_xxs ...) or cublas, which is f16 with an f16 input: the CUDA backend then\n"

@@ -70,7 +70,7 @@ static void add_dbf_test_cases_eval(std::vector<std::unique_ptr<test_case>> & ca
             cases.emplace_back(new test_dbf_mul_mat(type_s, 544, 160, 333, { n, 1, 1 }));
         }
         // where blocks of many columns fill a large card; several steps, and rows and columns that end in the middle
-        cases.emplace_back(new test_dbf_mul_mat(type_s, 128, 1152, 1410, { 500, 1, 1 }));
+        cases.emplace_back(new test_dbf_mul_mat(type_s, 128, 1152, 2002, { 500, 1, 1 }));
         // and an input that takes more than 48 KB of shared memory, and one that does not fit it at all
         cases.emplace_back(new test_dbf_mul_mat(type_s,  30720, 64, 96, { 1, 1, 1 }));
         cases.emplace_back(new test_dbf_mul_mat(type_s, 122880, 64, 96, { 1, 1, 1 }));

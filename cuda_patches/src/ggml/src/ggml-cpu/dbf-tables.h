@@ -29,6 +29,15 @@
 
 #pragma once
 
+// what is read soon; no hardware prefetcher follows many rows at a time
+inline void dbf_prefetch(const void * p) {
+#if defined(__GNUC__)
+    __builtin_prefetch(p);
+#else
+    (void) p;
+#endif
+}
+
 #if defined(__AVX2__) || (defined(__aarch64__) && defined(__ARM_NEON))
 
 #define DBF_TABLES
@@ -52,7 +61,7 @@ constexpr int     T_SHIFT   = 2;
 // so those of every other group of four are rounded down.
 constexpr int     HALF[2]   = { 2, 1 };
 constexpr int     T_ZERO    = 8192;   // added to T, so that digits are not negative
-constexpr int64_t TILE      = 128;    // columns of 16 bytes of signs
+constexpr int64_t STRIP     = 128;    // columns of 16 bytes of signs
 constexpr int64_t MAX_COLS  = 2048;   // 2048/8 sums of two digits, at most 254 each, fit 16 bits
 constexpr int64_t AHEAD     = 4096;   // bytes from what is read of a tile to what is fetched for later
 constexpr int64_t TOKENS    = 16;     // that share a lookup
@@ -245,7 +254,7 @@ struct wide_tokens {
 #endif
 
 inline int64_t padded(int64_t n) {
-    return (n + TILE - 1)/TILE*TILE;
+    return (n + STRIP - 1)/STRIP*STRIP;
 }
 
 // 16 bytes of ROWS rows, as load_rows() gives them, to 16 columns of ROWS bytes, or back
@@ -282,7 +291,7 @@ inline void to_tile(const uint8_t * rows, size_t nb, int64_t n, uint8_t * tile) 
     }
 }
 
-// `n` columns of a tile, at most TILE, to ROWS rows of TILE columns. What lies in the rest of these is not said.
+// `n` columns of a tile, at most STRIP, to ROWS rows of STRIP columns. What lies in the rest of these is not said.
 inline void from_tile(const uint8_t * tile, int64_t n, uint8_t * rows) {
     bytes a[16];
     for (int64_t i = 0; i < 16; ++i) {
@@ -290,7 +299,7 @@ inline void from_tile(const uint8_t * tile, int64_t n, uint8_t * rows) {
     }
     transpose(a);
     for (int r = 0; r < 16; ++r) {
-        store_rows(rows + r*TILE/8, TILE/8, a[r]);
+        store_rows(rows + r*STRIP/8, STRIP/8, a[r]);
     }
 }
 
@@ -362,7 +371,7 @@ struct digit_sums {
     }
 };
 
-// Sums T of ROWS rows of signs, `nb` bytes apart. `n_rows` may be less than ROWS. A tile of the last row may be longer than the
+// Sums T of ROWS rows of signs, `nb` bytes apart. `n_rows` may be less than ROWS. A strip of the last row may be longer than the
 // row: what is read behind it has no effect, and with `is_end`, where the matrix may end there, nothing is read.
 // `next` is what will be read thereafter: ROWS rows are so many streams that no hardware prefetcher follows.
 inline void sum_rows(const uint8_t * w, size_t nb, int64_t n_rows, bool is_end, const uint8_t * tables, int64_t n,
@@ -372,28 +381,26 @@ inline void sum_rows(const uint8_t * w, size_t nb, int64_t n_rows, bool is_end, 
     for (int64_t c0 = 0; c0 < n; c0 += MAX_COLS) {
         digit_sums digits;
         const int64_t c1 = std::min(n, c0 + MAX_COLS);
-        for (int64_t c = c0; c < c1; c += TILE) {
-            for (int64_t i = 0; i < ROWS*TILE/8; i += 64) {
-#if defined(__GNUC__)
-                __builtin_prefetch(next + c/8*ROWS + i, 0, 2);
-#endif
+        for (int64_t c = c0; c < c1; c += STRIP) {
+            for (int64_t i = 0; i < ROWS*STRIP/8; i += 64) {
+                dbf_prefetch(next + c/8*ROWS + i);
             }
 
-            const uint8_t * tile = w + c/8;
-            size_t nb_tile = nb;
-            uint8_t copy[ROWS*TILE/8];
-            if (n_rows < ROWS || (is_end && c + TILE > n)) {
+            const uint8_t * strip = w + c/8;
+            size_t nb_strip = nb;
+            uint8_t copy[ROWS*STRIP/8];
+            if (n_rows < ROWS || (is_end && c + STRIP > n)) {
                 memset(copy, 0, sizeof(copy));
                 for (int64_t r = 0; r < n_rows; ++r) {
-                    memcpy(copy + r*TILE/8, tile + r*nb, std::min(TILE, n - c)/8);
+                    memcpy(copy + r*STRIP/8, strip + r*nb, std::min(STRIP, n - c)/8);
                 }
-                tile    = copy;
-                nb_tile = TILE/8;
+                strip    = copy;
+                nb_strip = STRIP/8;
             }
 
             bytes a[16];
             for (int r = 0; r < 16; ++r) {
-                a[r] = load_rows(tile + r*nb_tile, nb_tile);
+                a[r] = load_rows(strip + r*nb_strip, nb_strip);
             }
             transpose(a);
             for (int i = 0; i < 16; ++i) {
@@ -415,9 +422,7 @@ inline void sum_tile(const uint8_t * tile, const uint8_t * tables, int64_t n, co
         for (int64_t c = c0; c < c1; c += 32) {
             const int64_t at = c/8*ROWS;
             for (int64_t i = at + AHEAD; i < at + AHEAD + 4*ROWS; i += 64) {
-#if defined(__GNUC__)
-                __builtin_prefetch(i < size ? tile + i : next + i - size, 0, 3);
-#endif
+                dbf_prefetch(i < size ? tile + i : next + i - size);
             }
             for (int64_t i = 0; i < 4; ++i) {
                 digits.add(load_bytes(tile + at + i*ROWS), tables + c*8 + i*64);
@@ -460,9 +465,7 @@ inline void make_token_tables(const int16_t * q, int64_t n_cols, int16_t * table
 template <int WORDS>
 inline void add_words(const uint8_t * w, size_t nb, int64_t n_rows, const int16_t * tables, int32_t * sums) {
     for (int64_t r = 0; r < n_rows; ++r, w += nb, sums += TOKENS) {
-#if defined(__GNUC__)
-        __builtin_prefetch(w + 16*nb); // the stride of the rows is too long for the hardware
-#endif
+        dbf_prefetch(w + 16*nb); // the stride of the rows is too long for the hardware
         wide_tokens wide;
         for (int i = 0; i < WORDS; ++i) {
             uint32_t word;
@@ -490,23 +493,21 @@ inline void add_columns(const uint8_t * w, size_t nb, int64_t n_rows, int64_t n_
     }
 }
 
-// The same for all n columns of the rows, of which the first n_tiled are in tiles. `tables` has room for TILE columns.
+// The same for all n columns of the rows, of which the first n_tiled are in tiles. `tables` has room for STRIP columns.
 inline void sum_rows_tokens(const uint8_t * w, size_t nb, int64_t n_rows, int64_t n_tiled, const int16_t * q, int64_t n,
         int16_t * tables, int32_t * sums) {
     memset(sums, 0, n_rows*TOKENS*sizeof(int32_t));
-    for (int64_t c = 0; c < n; c += TILE) {
-        const int64_t n_cols = std::min(TILE, n - c);
+    for (int64_t c = 0; c < n; c += STRIP) {
+        const int64_t n_cols = std::min(STRIP, n - c);
         make_token_tables(q + c*TOKENS, n_cols, tables);
         for (int64_t r = 0; r < n_tiled; r += ROWS) {
             const uint8_t * tile = w + r*nb + c/8*ROWS;
-#if defined(__GNUC__)
-            for (int64_t i = 0; i < ROWS*TILE/8; i += 64) {
-                __builtin_prefetch(tile + ROWS*nb + i);
+            for (int64_t i = 0; i < ROWS*STRIP/8; i += 64) {
+                dbf_prefetch(tile + ROWS*nb + i);
             }
-#endif
-            uint8_t rows[ROWS*TILE/8];
+            uint8_t rows[ROWS*STRIP/8];
             from_tile(tile, n_cols, rows);
-            add_columns(rows, TILE/8, ROWS, n_cols, tables, sums + r*TOKENS);
+            add_columns(rows, STRIP/8, ROWS, n_cols, tables, sums + r*TOKENS);
         }
         add_columns(w + n_tiled*nb + c/8, nb, n_rows - n_tiled, n_cols, tables, sums + n_tiled*TOKENS);
     }

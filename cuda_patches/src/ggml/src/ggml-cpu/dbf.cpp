@@ -109,14 +109,6 @@ inline uint32_t load_signs(const uint8_t * w) {
     return signs;
 }
 
-inline void prefetch(const uint8_t * p) {
-#if defined(__GNUC__)
-    __builtin_prefetch(p);
-#else
-    GGML_UNUSED(p);
-#endif
-}
-
 #if defined(__AVX512F__) && defined(__AVX512BW__)
 
 inline __m512i dot_add(__m512i acc, __m512i w, __m512i v) {
@@ -159,7 +151,7 @@ void sum_rows(const uint8_t * w, size_t nb_w, const int8_t * q, int64_t n, int32
     const int64_t n_full = n/64*64;
     for (int64_t i0 = 0; i0 < n_full; i0 += 512) { // 64 bytes of signs
         for (int r = 0; r < R; ++r) {
-            prefetch(w + r*nb_w + i0/8 + PREFETCH);
+            dbf_prefetch(w + r*nb_w + i0/8 + PREFETCH);
         }
         const int64_t i1 = std::min(n_full, i0 + 512);
         for (int64_t i = i0; i < i1; i += 64) {
@@ -194,7 +186,7 @@ void sum_rows(const uint8_t * w, size_t nb_w, const int8_t * q, int64_t n, int32
         for (int r = 0; r < R; ++r) {
             const uint32_t signs = load_signs(w + r*nb_w + i/8);
             if (i % 512 == 0) {
-                prefetch(w + r*nb_w + i/8 + PREFETCH);
+                dbf_prefetch(w + r*nb_w + i/8 + PREFETCH);
             }
 
             int8_t mask[32];
@@ -277,14 +269,47 @@ void mul_signs(const ggml_tensor * W, const ggml_tensor * s, const int8_t * q, c
     }
 }
 
+// ---- how a factor lies in memory, see dbf.h
+
+#if defined(DBF_TABLES)
+namespace lut = dbf_tables;
+#endif
+
+#if defined(DBF_TABLES) && !(defined(__AVX512F__) && defined(__AVX512BW__))
+#define DBF_TILES // all products are computed by tables, which take tiles
+#endif
+
+const char TILES = 0; // its address in `extra` marks a factor that lies in tiles
+
+// how many of its rows lie in tiles
+int64_t tiled_rows(const ggml_tensor * W) {
+#if defined(DBF_TILES)
+    return W->extra == &TILES ? W->ne[1]/lut::ROWS*lut::ROWS : 0;
+#else
+    GGML_UNUSED(W);
+    return 0;
+#endif
+}
+
+// sign i of row r
+bool is_plus(const ggml_tensor * W, int64_t r, int64_t i) {
+#if defined(DBF_TILES)
+    if (r < tiled_rows(W)) {
+        const uint8_t * tile = (const uint8_t *) W->data + r/lut::ROWS*lut::ROWS*W->nb[1];
+        return (tile[i/8*lut::ROWS + r % lut::ROWS] >> (i % 8)) & 1;
+    }
+#endif
+    const block_dbf * row = (const block_dbf *) ((const char *) W->data + r*W->nb[1]);
+    return (row[i/QK_DBF].signs >> (i % QK_DBF)) & 1;
+}
+
 // ---- the reference: nothing is rounded before the sum
 
 void mul_signs_ref(const ggml_tensor * W, const ggml_tensor * s, const float * v, int64_t r0, int64_t r1, float * out) {
     for (int64_t r = r0; r < r1; ++r) {
-        const block_dbf * row = (const block_dbf *) ((const char *) W->data + r*W->nb[1]);
         double sum = 0.0;
         for (int64_t i = 0; i < W->ne[0]; ++i) {
-            sum += (row[i/QK_DBF].signs >> (i % QK_DBF)) & 1 ? v[i] : -v[i];
+            sum += is_plus(W, r, i) ? v[i] : -v[i];
         }
         out[r] = (float) (get_scale(s, r)*sum);
     }
@@ -321,26 +346,8 @@ enum method {
 };
 
 #if defined(DBF_TABLES)
-namespace lut = dbf_tables;
-
 constexpr int64_t FEW = 4; // so many tokens cost, one by one, as much as 16 at a time
 #endif
-
-#if defined(DBF_TABLES) && !(defined(__AVX512F__) && defined(__AVX512BW__))
-#define DBF_TILES // all products are computed by tables, which take tiles
-#endif
-
-const char TILES = 0; // its address in `extra` marks a factor that lies in tiles
-
-// how many of its rows lie in tiles
-int64_t tiled_rows(const ggml_tensor * W) {
-#if defined(DBF_TILES)
-    return W->extra == &TILES ? W->ne[1]/lut::ROWS*lut::ROWS : 0;
-#else
-    GGML_UNUSED(W);
-    return 0;
-#endif
-}
 
 method choose_method(int64_t n_vec) {
 #if defined(DBF_TABLES) && defined(__AVX512F__) && defined(__AVX512BW__)
@@ -415,7 +422,7 @@ struct work_layout {
                 {
                     const int64_t n_pad = GGML_PAD(n_vec, lut::TOKENS);
                     own_q  = take(lut::TOKENS*n*sizeof(int16_t));
-                    tables = take(lut::TILE/4*16*lut::TOKENS*sizeof(int16_t));
+                    tables = take(lut::STRIP/4*16*lut::TOKENS*sizeof(int16_t));
                     sums   = take(lut::ROW_BLOCK*lut::TOKENS*sizeof(int32_t));
                     nb_own = offs;
                     offs   = 0;
@@ -455,8 +462,8 @@ void mul_tables(const ggml_tensor * W, const ggml_tensor * s, int64_t n_vec, con
         const int64_t   n_rows = std::min(lut::ROWS, r1 - r);
         const uint8_t * w      = (const uint8_t *) W->data + r*W->nb[1];
         const uint8_t * ahead  = r + n_rows < r1 ? w + n_rows*W->nb[1] : (const uint8_t *) next;
-        // rows shorter than a tile: there may be too few behind these to fill it
-        const bool      is_end = (W->ne[1] - r - n_rows)*(int64_t) W->nb[1] < lut::TILE/8;
+        // rows shorter than a strip: there may be too few behind these to fill it
+        const bool      is_end = (W->ne[1] - r - n_rows)*(int64_t) W->nb[1] < lut::STRIP/8;
         for (int64_t t = 0; t < n_vec; ++t) {
             const uint8_t * tables = (const uint8_t *) own + at.tables + t*nb_tables;
             int32_t sums[lut::ROWS];
@@ -529,6 +536,7 @@ void ggml_cpu_dbf_set_tiles(ggml_tensor * factor, const void * rows) {
     const uint8_t * src = (const uint8_t *) rows;
     uint8_t       * dst = (uint8_t       *) factor->data;
     GGML_ASSERT(factor->type == GGML_TYPE_DBF && ggml_is_contiguous(factor) && ggml_n_dims(factor) <= 2);
+    GGML_ASSERT(factor->view_src == nullptr); // a view has no mark
 
     factor->extra = const_cast<char *>(&TILES);
     const int64_t n_tiled = tiled_rows(factor);
@@ -547,12 +555,12 @@ void ggml_cpu_dbf_get_rows(const ggml_tensor * factor, void * rows) {
     const int64_t   n_tiled = tiled_rows(factor);
 #if defined(DBF_TILES)
     for (int64_t r = 0; r < n_tiled; r += lut::ROWS) {
-        for (int64_t c = 0; c < factor->ne[0]; c += lut::TILE) {
-            const int64_t n = std::min(lut::TILE, factor->ne[0] - c);
-            uint8_t part[lut::ROWS*lut::TILE/8];
+        for (int64_t c = 0; c < factor->ne[0]; c += lut::STRIP) {
+            const int64_t n = std::min(lut::STRIP, factor->ne[0] - c);
+            uint8_t part[lut::ROWS*lut::STRIP/8];
             lut::from_tile(src + r*nb + c/8*lut::ROWS, n, part);
             for (int64_t i = 0; i < lut::ROWS; ++i) {
-                memcpy(dst + (r + i)*nb + c/8, part + i*lut::TILE/8, n/8);
+                memcpy(dst + (r + i)*nb + c/8, part + i*lut::STRIP/8, n/8);
             }
         }
     }

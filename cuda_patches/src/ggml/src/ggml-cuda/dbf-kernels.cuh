@@ -685,7 +685,7 @@ __global__ void __launch_bounds__(32*DBF_GEMM_WARPS, DBF_GEMM_BLOCKS(TILES)) dbf
     number acc[2][TILES][4] = {};
 
     const uint32_t * rows[4]; // row0, + 8, + 16, + 24
-    uint4 ahead[AHEAD][4];    // [this step, the next one]
+    uint4 ahead[AHEAD][4];    // [this step, and the next one if AHEAD is 2]
     DBF_UNROLL
     for (int r = 0; r < 4; ++r) {
         rows[r] = dbf_row(args, row0 + 8*r);

@@ -32,6 +32,8 @@
 #define DBF_GEMM_DIVIDES_STEPS(tiles) ((tiles) <= 2)
 #define DBF_GEMM_ROWS(tiles)          (2*DBF_TILE_ROWS*(DBF_GEMM_DIVIDES_STEPS(tiles) ? 1 : DBF_GEMM_WARPS))
 
+#define DBF_GEMM_MANY_AS_FEW          11 // by the model in docs/gpu-model.md, which loses least with this
+
 // registers a thread may take, as __launch_bounds__ promises the compiler; with it the blocks on a multiprocessor
 #define DBF_DECODE_BLOCKS(warps) ((warps) == 8 ? 2 : 1)
 #define DBF_GEMM_BLOCKS(tiles)   (DBF_GEMM_DIVIDES_STEPS(tiles) ? 4 : 2)
@@ -207,12 +209,15 @@ static inline dbf_launch dbf_plan_gemm(const dbf_device & device, int stage, int
     const int64_t tokens = f16 ? DBF_F16_TOKENS : DBF_Q8_TOKENS; // in a tile of columns
     const int64_t groups = dbf_div_up(n_tokens, tokens);
 
-    // Blocks of many columns read the signs and the input fewer times, and turn signs into bytes for more columns at once. They
-    // pay where there is one for each multiprocessor, and where little of them is columns without a token.
-    const int     many   = f16 ? 4 : 8;
-    const int64_t across = dbf_div_up(groups, many);
-    const bool    pays   = dbf_div_up(rows, DBF_GEMM_ROWS(many))*across >= device.n_sm && 4*groups >= 3*many*across;
-    const int     tiles  = pays ? many : groups <= 1 || f16 ? 1 : 2; // of columns in a block
+    // Blocks of many columns read the signs and the input fewer times, and turn signs into bytes for more columns at once: one
+    // takes about as long as DBF_GEMM_MANY_AS_FEW of few columns, of which 16 would do the same. What counts is the multiprocessor
+    // that gets most of them.
+    const int  many = f16 ? 4 : 8;
+    const int  few  = groups <= 1 || f16 ? 1 : 2;
+    const auto most = [&](int tiles) {
+        return dbf_div_up(dbf_div_up(rows, DBF_GEMM_ROWS(tiles))*dbf_div_up(groups, tiles), device.n_sm);
+    };
+    const int tiles = DBF_GEMM_MANY_AS_FEW*most(many) <= most(few) ? many : few; // of columns in a block
 
     dbf_launch l = {};
     if (f16) {
