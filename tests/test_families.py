@@ -265,7 +265,7 @@ def test_one_file_or_shards(compressed, tokenizer, text, tmp_path):
     """The same metadata and tensors; their order is that of the safetensors files."""
     folder = save(compressed.model, tmp_path / "model", tokenizer, "1GB")
     assert [path.name for path in folder.glob("*.safetensors*")] == ["model.safetensors"]
-    convert(folder, tmp_path / "model.gguf", text, "--tune", "none")
+    convert(folder, tmp_path / "model.gguf", text, "--tune", "none", "--join", JOINED[compressed.family])
     with GGUFFile(tmp_path / "model.gguf") as one, GGUFFile(compressed.output) as shards:
         assert {key: one.get(key) for key in one.metadata} == {key: shards.get(key) for key in shards.metadata}
         tensors = [{name: file.raw(name).tobytes() for name in file.tensors} for file in (one, shards)]
