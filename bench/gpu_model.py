@@ -235,8 +235,13 @@ ANCHORS = (  # card, shape, type, bytes a weight, tokens a step, tokens a second
 
 def gemm(card: Card, rows: int, tokens: int) -> Gemm:
     """The kind of block that the plan takes (dbf_plan_gemm in dbf-launch.h)."""
-    few = FEW[1 if tokens <= MANY.tokens else 2]
+    few = few_columns(tokens)
     return MANY if MANY_AS_FEW * busiest(card, rows, tokens, MANY) <= busiest(card, rows, tokens, few) else few
+
+
+def few_columns(tokens: int) -> Gemm:
+    """The kind of block with few columns for so many tokens."""
+    return FEW[1 if tokens <= MANY.tokens else 2]
 
 
 def busiest(card: Card, rows: int, tokens: int, kind: Gemm) -> int:
@@ -284,16 +289,16 @@ def few_tokens(card: Card, shape: Shape, bits: float, tokens: int, rows: int | N
     total = 0.0
     for n_out, n_in in shape.linears(join).values():
         k = width(n_in, n_out, bits)
+        if tokens == 1:
+            total += linear(card, n_in, n_out, k)
+            continue
         for n, height, scales in ((n_in, k, 2 * (n_in + k)), (k, n_out, 2 * n_out)):
-            if tokens == 1:
-                total += launch(stage(card, n, height, scales))
-                continue
             kind = gemm(card, height, tokens)
             if rows == MANY.rows:
                 like = FEW.get(math.ceil(tokens / MANY.tokens), MANY)
                 kind = replace(MANY, tiles=like.tiles, instructions=like.instructions)
             elif rows:
-                kind = FEW[1 if tokens <= MANY.tokens else 2]
+                kind = few_columns(tokens)
             parts = gemm_stage(card, n, height, scales, tokens, kind)
             total += launch(parts) + parts["round"]
     return shape.n_layer * total / 1e3

@@ -30,9 +30,9 @@ from dbf_gguf.gguf_writer import check_output, write_gguf
 from dbf_gguf.source import ModelSource, resolve
 from dbf_gguf.verify import check_format, check_work
 
-OPTIONS = "--bits 2 --calib-sequences 4 --seq-len 64 --iterations 12 --block-tokens 2048 --tune-tokens 30720"
-OPTIONS += " --join none --tune-lr 5e-3 --threads 2 --device cpu --eval-windows 0"
-OPTIONS = OPTIONS.split()
+JOINED = "--bits 2 --calib-sequences 4 --seq-len 64 --iterations 12 --block-tokens 2048 --tune-tokens 30720"
+JOINED = [*JOINED.split(), "--tune-lr", "5e-3", "--threads", "2", "--device", "cpu", "--eval-windows", "0"]
+OPTIONS = [*JOINED, "--join", "none"]  # the linears by themselves
 LINEAR = re.compile(r"blk\.\d+\.\w+ +k=\d+ +\d\.\d\d bits  err 0\.\d{4}  \d+\.\d s")
 
 
@@ -673,8 +673,7 @@ def test_joined_linears_with_everything_else(model, text, tmp_path, monkeypatch,
     monkeypatch.setattr(pipeline, "check_convertible", lambda folder, tree: None)  # seconds, and tested above
     more = "--budget adaptive --blocks signs --tune signs --iterations 3 --size 55000 -o joined.gguf"
     more += " --tune-tokens 8192 --threads 1"
-    by_default = [option for option in OPTIONS[2:] if option not in ("--join", "none")]
-    arguments = ["convert", model, "--calib", text, *by_default, *more.split()]
+    arguments = ["convert", model, "--calib", text, *JOINED[2:], *more.split()]
     monkeypatch.setattr(sys, "argv", ["dbf-gguf", *map(str, arguments)])
     cli.main()
     printed = capsys.readouterr().out

@@ -273,10 +273,9 @@ void mul_signs(const ggml_tensor * W, const ggml_tensor * s, const int8_t * q, c
 
 #if defined(DBF_TABLES)
 namespace lut = dbf_tables;
-#endif
-
-#if defined(DBF_TABLES) && !(defined(__AVX512F__) && defined(__AVX512BW__))
+#if !(defined(__AVX512F__) && defined(__AVX512BW__))
 #define DBF_TILES // all products are computed by tables, which take tiles
+#endif
 #endif
 
 const char TILES = 0; // its address in `extra` marks a factor that lies in tiles
@@ -350,10 +349,10 @@ constexpr int64_t FEW = 4; // so many tokens cost, one by one, as much as 16 at 
 #endif
 
 method choose_method(int64_t n_vec) {
-#if defined(DBF_TABLES) && defined(__AVX512F__) && defined(__AVX512BW__)
-    return n_vec <= FEW ? METHOD_PLANES : METHOD_TOKEN_TABLES;
-#elif defined(DBF_TABLES)
+#if defined(DBF_TILES)
     return n_vec <= FEW ? METHOD_TABLES : METHOD_TOKEN_TABLES;
+#elif defined(DBF_TABLES)
+    return n_vec <= FEW ? METHOD_PLANES : METHOD_TOKEN_TABLES;
 #else
     GGML_UNUSED(n_vec);
     return METHOD_PLANES;
