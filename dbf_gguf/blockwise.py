@@ -14,13 +14,13 @@ them has done to their input and to the residual stream (the pre-tuning of the d
 
 Then W* is factorized with H as the metric of its inputs, so that the factors' error is small where inputs are large.
 
-One block and its factors are in memory at a time. The streams are kept by `blocks.Activations`, in memory or in a file.
+One block and its factors are in memory at a time, and neither while a linear is factorized, which takes as much again:
+the block is read anew afterwards. The streams are kept by `blocks.Activations`, in memory or in a file.
 A resumed run takes the streams through the finished blocks again, which costs seconds a block. Of several processes
 each has a share of the windows in its streams, and factorizes a share of each group.
 """
 
 import contextlib
-import copy
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -192,23 +192,17 @@ def compress(
     """
     streams = Streams(model, windows, work)
     for index in range(len(model)):
-        dense = model.block(index)
-        compressed = copy.deepcopy(dense)
-        order = groups(model, index, dense, streams.dense.read(slice(0, 1)))
+        order = groups(model, index, model.block(index), streams.dense.read(slice(0, 1)))
+        done: list[str] = []
         for group in order:
             if any(name not in work.manifest["linears"] for name in group):
-                h, c, r = streams.moments(index, dense, compressed, group)
                 # all of them, so that a resumed run computes on as many threads and ends in the same bits
-                weights = {name: linears(index, dense)[name].weight for name in parallel.share(group)}
-                weights = corrected(weights, h, c, r)
-                del c, r  # large
-                factorize(weights, h)
-                del h, weights
-            for name in group:
-                replace(index, compressed, name, work.factors(name), model.dtype)
+                factorize(*_wanted(model, streams, index, work, done, group))
+            done += group
         if index + 1 == len(model) and tuning is None:
             return
-        streams.advance(index, streams.dense, dense)
+        streams.advance(index, streams.dense, model.block(index))
+        compressed = _partly_compressed(model, index, work, done)
         if tuning is not None:
             if not work.has(block_file(index)):
                 last = work.read_tensors("importance.safetensors")[f"{order[-1][-1]}.output"]
@@ -222,6 +216,22 @@ def compress(
             apply_norms(compressed, block_prefix(index), work.final_norms())  # of a run before this one
         if index + 1 < len(model):
             streams.advance(index, streams.compressed, compressed)
+
+
+def _partly_compressed(model: BlockModel, index: int, work: WorkFolder, names: list[str]) -> nn.Module:
+    """Block `index` with the linears in `names` compressed."""
+    block = model.block(index)
+    for name in names:
+        replace(index, block, name, work.factors(name), model.dtype)
+    return block
+
+
+def _wanted(model: BlockModel, streams: Streams, index: int, work: WorkFolder, done: list[str], group: list[str]):
+    """{name: W*} of this process' share of a group, and H, when the linears in `done` are compressed already."""
+    dense = model.block(index)
+    h, c, r = streams.moments(index, dense, _partly_compressed(model, index, work, done), group)
+    weights = {name: linears(index, dense)[name].weight for name in parallel.share(group)}
+    return corrected(weights, h, c, r), h
 
 
 def _store(work: WorkFolder, index: int, block: nn.Module, values: dict[str, torch.Tensor], signs: bool) -> None:

@@ -96,8 +96,8 @@ class _Side:
         gram, shift = torch.bmm(fixed, fixed.transpose(1, 2), out=self.gram), rho + ridge
         right = torch.bmm(fixed, metric.rotated, out=self.right)
         right.add_(torch.bmm(self.d, metric.basis, out=self.s), alpha=rho)
-        metric.solve(gram, right, shift)
-        torch.bmm(metric.solution, metric.back, out=self.s)
+        metric.solve(gram, right, shift, self.s)
+        torch.bmm(metric.solution, metric.basis.transpose(1, 2), out=self.s)
         self._project()
 
     def _project(self) -> None:
@@ -124,29 +124,29 @@ class _Metric:
         values, basis = torch.linalg.eigh(moment)
         self.values = values.clamp_min(0)[:, None, :].to(dtype)  # h
         self.moment = moment.to(dtype)
-        self.basis, self.back = basis.to(dtype), basis.transpose(1, 2).contiguous().to(dtype)
+        self.basis = basis.to(dtype)
         self.rotated = (target @ moment @ basis).to(dtype)  # V H Q [batch, n_out, n_in]
         self.solution = torch.zeros(len(moment), k, moment.shape[1], dtype=dtype, device=moment.device)
-        self.residual, self.direction, self.product = (torch.empty_like(self.solution) for _ in range(3))
+        self.direction = torch.empty_like(self.solution)
 
     def normalised(self, factor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """F [batch, k, n_in] with rows of unit length in this metric, and F H."""
         image = factor @ self.moment
         size = (image * factor).sum(dim=2, keepdim=True, dtype=torch.float32).clamp_min(TINY).rsqrt().to(factor.dtype)
-        return factor * size, image * size
+        return factor * size, image.mul_(size)
 
-    def solve(self, gram: torch.Tensor, right: torch.Tensor, shift: float) -> None:
+    def solve(self, gram: torch.Tensor, right: torch.Tensor, shift: float, product: torch.Tensor) -> None:
         """Brings `solution` [batch, k, n_in] closer to that of gram · S̃ · diag(h) + shift · S̃ = right.
 
-        Conjugate gradients for every column, preconditioned with the diagonal h + shift (that of `gram` is 1).
+        Conjugate gradients for every column, preconditioned with the diagonal h + shift (that of `gram` is 1). `right`
+        and `product`, of the same shape, are overwritten.
         """
         diagonal = self.values + shift
-        self._apply(gram, self.solution, shift)
-        residual = torch.sub(right, self.product, out=self.residual)
+        residual = right.sub_(self._apply(gram, self.solution, shift, product))
         direction = torch.div(residual, diagonal, out=self.direction)
         size = _dot(residual, direction)
         for step in range(CG_STEPS):
-            product = self._apply(gram, direction, shift)
+            self._apply(gram, direction, shift, product)
             length = (size / _dot(direction, product).clamp_min(TINY)).to(right.dtype)
             self.solution.addcmul_(direction, length)
             if step + 1 == CG_STEPS:
@@ -156,8 +156,8 @@ class _Metric:
             last, size = size, _dot(residual, scaled)
             direction.mul_((size / last.clamp_min(TINY)).to(right.dtype)).add_(scaled)
 
-    def _apply(self, gram: torch.Tensor, x: torch.Tensor, shift: float) -> torch.Tensor:
-        return torch.bmm(gram, x, out=self.product).mul_(self.values).add_(x, alpha=shift)
+    def _apply(self, gram: torch.Tensor, x: torch.Tensor, shift: float, out: torch.Tensor) -> torch.Tensor:
+        return torch.bmm(gram, x, out=out).mul_(self.values).add_(x, alpha=shift)
 
 
 def _dot(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
@@ -203,11 +203,11 @@ def factorize(
 
     generator = torch.Generator().manual_seed(seed)  # on the CPU: the same start on every device
     start_a, start_b = (torch.randn(k, n, generator=generator).to(device, dtype) for n in (n_out, n_in))
+    metric = None if moment is None else _Metric(moment, target, k, dtype)  # first: it takes most memory on its way
     low = target.to(dtype)
     side_a = _Side(start_a.expand(batch, -1, -1), low.transpose(1, 2).contiguous())
     side_b = _Side(start_b.expand(batch, -1, -1), low)
     fixed = (start_b.float() / start_b.float().norm(dim=1, keepdim=True)).to(dtype).expand(batch, -1, -1)
-    metric = None if moment is None else _Metric(moment, target, k, dtype)
     for t in range(iterations):
         done = min(1.0, t / max(1, iterations - 3))
         rho, ridge = _anneal(RHO, done), _anneal(RIDGE if metric is None else METRIC_RIDGE, done)
@@ -227,10 +227,12 @@ def factorize(
 
     signs_a = torch.where(side_a.unit < 0, -1, 1).to(torch.int8).transpose(1, 2)  # [batch, n_out, k]
     signs_b = torch.where(side_b.unit < 0, -1, 1).to(torch.int8)  # [batch, k, n_in]
+    vectors = side_a.v[..., 0], side_b.v[..., 0]  # [batch, n_out], [batch, n_in]
+    del side_a, side_b, metric, low, fixed, start_a, start_b  # large
     factors, errors = [], []
     for j in range(batch):
         metric = None if moment is None else moment[j]
-        start = side_a.v[j, :, 0], side_b.v[j, :, 0]
+        start = [vector[j] for vector in vectors]
         scales = _refit(target[j], signs_a[j].float(), signs_b[j].float(), *start, metric)
         found = Factors(signs_a[j].contiguous(), signs_b[j].contiguous(), *scales)
         errors.append(_energy(target[j] - found.dense(), metric) / _energy(target[j], metric).clamp_min(TINY))
@@ -291,7 +293,7 @@ def _refit(
     if moment is None:
         b = wanted / image.square().sum(dim=0).clamp_min(TINY)
     else:
-        b = _solve((image.T @ image) * moment, wanted)
+        b = _solve((image.T @ image).mul_(moment), wanted)
     return a, m, b
 
 

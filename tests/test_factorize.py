@@ -178,7 +178,7 @@ def test_the_solver_of_the_half_step_converges():
     gram, right = (factor @ factor.T)[None], torch.randn(1, k, n, generator=torch.Generator().manual_seed(3))
     metric = _Metric(moment[None], torch.zeros(1, 4, n), k, torch.float32)
     for _ in range(40):
-        metric.solve(gram, right, shift)
+        metric.solve(gram, right.clone(), shift, torch.empty_like(right))
     system = torch.kron(gram[0].double(), metric.values[0, 0].double().diag()) + shift * torch.eye(k * n)
     wanted = torch.linalg.solve(system, right.double().flatten())
     assert torch.allclose(metric.solution.flatten().double(), wanted, atol=1e-4)
