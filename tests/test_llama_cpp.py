@@ -13,6 +13,7 @@ import re
 import shutil
 import struct
 import subprocess
+import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -511,9 +512,32 @@ def test_factors_in_tiles_compute_the_same(name, llama_bin, files):
     assert ppl == in_rows
     one_by_one = [perplexity(llama_bin, files / name, files, "-ub", 1, *more)[0] for more in ((), ("--no-repack",))]
     assert one_by_one[0] == one_by_one[1]
-    looks_up = cpu.available("avx2") if platform.machine() == "x86_64" else platform.machine() == "aarch64"
-    assert ("CPU_DBF model buffer" in log) == (looks_up and cpu.WIDE not in cpu.cpu_flags())
+    assert ("CPU_DBF model buffer" in log) == has_tiles()
     assert "CPU_DBF model buffer" not in log_of_rows
+
+
+def has_tiles() -> bool:
+    """Whether the kernels of this CPU take tiles: those that look sums up."""
+    looks_up = cpu.available("avx2") if platform.machine() == "x86_64" else platform.machine() == "aarch64"
+    return looks_up and cpu.WIDE not in cpu.cpu_flags()
+
+
+@pytest.mark.skipif(not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="no huge pages in this kernel")
+@pytest.mark.skipif(not has_tiles(), reason="the kernels of this CPU take rows")
+def test_tiles_ask_for_huge_pages(llama_bin, files):
+    command = [llama_bin / "llama-bench", "-m", files / "dbf.gguf", "-p", "0", "-n", "1000", "-r", "1000", "-t", "1"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        flags, end = "", time.monotonic() + 60
+        while " hg" not in flags and time.monotonic() < end and process.poll() is None:
+            time.sleep(0.1)
+            flags = "".join(re.findall("^VmFlags:.*$", Path(f"/proc/{process.pid}/smaps").read_text(), re.M))
+            if not flags and process.poll() is None:
+                pytest.skip("this kernel does not tell what was asked for")
+        assert " hg" in flags
+    finally:
+        process.kill()
+        process.wait()
 
 
 def test_bench_names_the_type_and_the_size(llama_bin, files, model):
