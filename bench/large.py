@@ -199,6 +199,8 @@ def main() -> int:
     parser.add_argument("--iterations", type=int, default=3, help="of the second conversion; the first does 3 times it")
     parser.add_argument("--keep", action="store_true", help="keep the files")
     arguments, more = parser.parse_known_args()  # the rest goes to `dbf-gguf convert`
+    if arguments.iterations < 3:  # before the first conversion has taken its time
+        parser.error("--iterations must be at least 3, the least that convert takes")
 
     text = arguments.folder / "text.txt"
     results = []

@@ -216,6 +216,7 @@ def compress(
             apply_norms(compressed, block_prefix(index), work.final_norms())  # of a run before this one
         if index + 1 < len(model):
             streams.advance(index, streams.compressed, compressed)
+        del compressed  # else it would be kept through the next block
 
 
 def _partly_compressed(model: BlockModel, index: int, work: WorkFolder, names: list[str]) -> nn.Module:

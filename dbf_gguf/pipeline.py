@@ -150,7 +150,7 @@ def workers_for(threads: int, n_out: int, n_in: int, k: int, memory: int, metric
     # target in two precisions; five work arrays, signs and their float32 products at the end; k x k matrices
     each = 12 * n_out * n_in + (6 * item + 13) * k * (n_out + n_in) + (3 * item + 12) * k * k
     if metric:  # H and its eigenvectors in two precisions, LAPACK's work; the solver's arrays
-        each += (20 + 3 * item) * n_in * n_in + item * n_in * (n_out + 4 * k)
+        each += (20 + 2 * item) * n_in * n_in + item * n_in * (n_out + 2 * k)
     return max(1, min(threads, min(memory // 2, SIDE_BY_SIDE_BYTES) // each))
 
 

@@ -5,6 +5,7 @@ Run alone: pytest tests/test_blockwise.py     (seconds; the models are tiny and 
 
 import copy
 import functools
+import weakref
 
 import numpy as np
 import pytest
@@ -166,6 +167,24 @@ def test_fitted_blocks_are_closer_to_the_dense_model(model, tmp_path):
             found, _ = factorize(linear.weight[None], 32, iterations=20)
             alone.write_linear(name, found[0], {"k": 32})
     assert output_error(model, fitted) < 0.9 * output_error(model, alone)
+
+
+def test_no_block_is_kept_while_linears_are_factorized(model, work, monkeypatch):
+    """Freed by then, not left to the garbage collector: of a large model either takes gigabytes."""
+    blocks, inner, read = [], plain(work), model.block
+
+    def block(index):
+        found = read(index)
+        blocks.append(weakref.ref(found))
+        return found
+
+    def put(weights, moment):
+        assert blocks and not any(reference() for reference in blocks)
+        inner(weights, moment)
+
+    monkeypatch.setattr(model, "block", block)
+    compress(model, WINDOWS, work, put)
+    assert len(work.manifest["linears"]) == 7 * BLOCKS
 
 
 def with_importance(model, path) -> WorkFolder:
