@@ -30,7 +30,7 @@ import torch
 from torch import nn
 
 from . import blocktune, parallel
-from .blocks import Activations, BlockModel, apply_norms, block_prefix, linears, replace
+from .blocks import Activations, BlockModel, apply_work, block_prefix, linears
 from .checkpoint import SIGNS, WorkFolder, block_file
 from .factors import pack_signs
 from .model import DBFLinear
@@ -83,23 +83,29 @@ class Streams:
         with side_by_side(self.workers) as pool:
             list(pool.map(one, self.own))
 
-    def moments(self, index: int, dense: nn.Module, compressed: nn.Module, group: list[str]):
-        """H, C [n_in, n_in] and R [n_out, n_in] or None, float32, of a group of linears of block `index`."""
+    def moments(
+        self, index: int, dense: nn.Module, compressed: nn.Module, group: list[str], advance_dense: bool = False
+    ):
+        """H, C [n_in, n_in] and R [n_out, n_in] or None, float32, of a group of linears of block `index`.
+
+        advance_dense: the dense stream, which passes most of the block for its last group, goes on to the block's end.
+        """
         first = group[0].removeprefix(block_prefix(index))
         residual = RESIDUAL.get(first.rpartition(".")[2], first)
         if residual not in (None, first) and residual not in dict(dense.named_modules()):
             residual = first
         taps = [first] if residual in (None, first) else [residual, first]
-        local = threading.local()  # .seen: the inputs that this thread's passage has met
+        local = threading.local()  # .seen: the inputs that this thread's passage has met; .last: the one it ends at
 
         @torch.no_grad()
         def one(number: int) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
             found = []
             for stream, block in ((self.dense, dense), (self.compressed, compressed)):
-                hidden = stream.read(self.place(number)).to(self.model.device)
-                local.seen = {}
+                place = self.place(number)
+                hidden = stream.read(place).to(self.model.device)
+                local.seen, local.last = {}, None if advance_dense and stream is self.dense else first
                 with contextlib.suppress(_Reached):
-                    self.model.run(index, block, hidden)
+                    stream.write(place, self.model.run(index, block, hidden))
                 rest = None if residual == first else (hidden if residual is None else local.seen[residual])
                 found.append((local.seen[first].flatten(0, 1), None if rest is None else rest.flatten(0, 1)))
             return found
@@ -107,7 +113,7 @@ class Streams:
         n = dense.get_submodule(first).weight.shape[1]
         h, c = (torch.zeros(n, n, device=self.model.device) for _ in range(2))
         r_sum, tokens = None, 0
-        with _tapped((dense, compressed), taps, local), side_by_side(self.workers) as pool:
+        with tapped((dense, compressed), taps, local), side_by_side(self.workers) as pool:
             for (x, r), (x_hat, r_hat) in in_order(pool, one, self.own, 2 * self.workers):
                 weighted = x_hat * self.token_weights(x_hat)
                 tokens += len(x)
@@ -194,16 +200,23 @@ def compress(
     for index in range(len(model)):
         order = groups(model, index, model.block(index), streams.dense.read(slice(0, 1)))
         done: list[str] = []
+        at_end = index + 1 == len(model) and tuning is None
+        advanced = False
         for group in order:
             if any(name not in work.manifest["linears"] for name in group):
+                advanced = group is order[-1] and not at_end
                 # all of them, so that a resumed run computes on as many threads and ends in the same bits
-                factorize(*_wanted(model, streams, index, work, done, group))
+                factorize(*_wanted(model, streams, index, work, done, group, advanced))
             done += group
-        if index + 1 == len(model) and tuning is None:
+        if at_end:
             return
-        streams.advance(index, streams.dense, model.block(index))
-        compressed = _partly_compressed(model, index, work, done)
-        if tuning is not None:
+        if not advanced:
+            streams.advance(index, streams.dense, model.block(index))
+        if tuning is None:
+            compressed = _partly_compressed(model, index, work, done)
+        else:
+            compressed = model.block(index)
+            apply_work(index, compressed, work, model.dtype)
             if not work.has(block_file(index)):
                 last = work.read_tensors("importance.safetensors")[f"{order[-1][-1]}.output"]
                 last = last if tuning.importance else torch.ones_like(last)
@@ -213,24 +226,30 @@ def compress(
                 _store(work, index, compressed, values, tuning.sign_lr is not None)
                 parallel.wait()
                 report(index, before, after)
-            apply_norms(compressed, block_prefix(index), work.final_norms())  # of a run before this one
         if index + 1 < len(model):
             streams.advance(index, streams.compressed, compressed)
         del compressed  # else it would be kept through the next block
 
 
 def _partly_compressed(model: BlockModel, index: int, work: WorkFolder, names: list[str]) -> nn.Module:
-    """Block `index` with the linears in `names` compressed."""
+    """Block `index` in which the weights of the linears in `names` are what their compression represents.
+
+    For passages alone: over this many tokens they take half the time of the products with two factors.
+    """
     block = model.block(index)
     for name in names:
-        replace(index, block, name, work.factors(name), model.dtype)
+        weight = linears(index, block)[name].weight
+        weight.data.copy_(work.factors(name).dense(device=weight.device))
     return block
 
 
-def _wanted(model: BlockModel, streams: Streams, index: int, work: WorkFolder, done: list[str], group: list[str]):
-    """{name: W*} of this process' share of a group, and H, when the linears in `done` are compressed already."""
+def _wanted(model, streams: Streams, index: int, work: WorkFolder, done: list[str], group: list[str], advance: bool):
+    """{name: W*} of this process' share of a group, and H, when the linears in `done` are compressed already.
+
+    advance: of the dense stream, see `Streams.moments`.
+    """
     dense = model.block(index)
-    h, c, r = streams.moments(index, dense, _partly_compressed(model, index, work, done), group)
+    h, c, r = streams.moments(index, dense, _partly_compressed(model, index, work, done), group, advance)
     weights = {name: linears(index, dense)[name].weight for name in parallel.share(group)}
     return corrected(weights, h, c, r), h
 
@@ -248,12 +267,12 @@ def _store(work: WorkFolder, index: int, block: nn.Module, values: dict[str, tor
 
 
 @contextlib.contextmanager
-def _tapped(blocks: tuple[nn.Module, ...], names: list[str], local: threading.local) -> Iterator[None]:
-    """Within, inputs of the named modules are put into `local.seen`; at that of the last one a passage ends."""
+def tapped(blocks: tuple[nn.Module, ...], names: list[str], local: threading.local) -> Iterator[None]:
+    """Within, inputs of the named modules are put into `local.seen`; at the one called `local.last` a passage ends."""
 
     def note(name: str, _module, inputs) -> None:
         local.seen[name] = inputs[0]
-        if name == names[-1]:
+        if name == local.last:
             raise _Reached
 
     handles = [b.get_submodule(name).register_forward_pre_hook(partial(note, name)) for b in blocks for name in names]

@@ -40,7 +40,7 @@ from .signs import SignTraining
 from .threads import side_by_side
 from .trainables import BETAS, Trainables, learning_rate
 
-STEP_TOKENS = 512  # fewer, larger steps learn less from the same text
+STEP_TOKENS = 256  # fewer, larger steps learn less from the same text
 HELD_OUT_TOKENS = 2048
 TIMED = range(3, 9)  # steps whose time turns minutes into tokens; the first ones include one-time costs
 EVALUATE_EVERY = 40  # steps

@@ -95,9 +95,9 @@ class _Side:
         """Moves this factor, whose columns the metric couples, against `fixed` [batch, k, d], rows of unit length."""
         gram, shift = torch.bmm(fixed, fixed.transpose(1, 2), out=self.gram), rho + ridge
         right = torch.bmm(fixed, metric.rotated, out=self.right)
-        right.add_(torch.bmm(self.d, metric.basis, out=self.s), alpha=rho)
+        right.add_(torch.matmul(self.d, metric.basis, out=self.s), alpha=rho)
         metric.solve(gram, right, shift, self.s)
-        torch.bmm(metric.solution, metric.basis.transpose(1, 2), out=self.s)
+        torch.matmul(metric.solution, metric.basis.T, out=self.s)
         self._project()
 
     def _project(self) -> None:
@@ -116,22 +116,38 @@ class _Side:
         torch.mul(self.unit, low_row, out=self.d).sub_(self.u)
 
 
+class InputMoment:
+    """What a factorization knows of the inputs x of linears that all read the same ones: float32, on their device.
+
+    importance  [n_in], their RMS i, in units of its mean
+    metric      [n_in, n_in], H: mean of x xᵀ in units of i iᵀ and of the mean eigenvalue, DAMPING times the identity
+                mixed in
+    """
+
+    def __init__(self, moment: torch.Tensor):
+        """moment [n_in, n_in]: the mean of x xᵀ, float32. It is overwritten: a second one would be 0.5 GB in a 7B."""
+        self.importance = _finite_importance(moment.diagonal().clamp_min(0).sqrt())
+        self.metric = moment.div_(self.importance[:, None]).div_(self.importance)
+        self.metric.div_(self.metric.diagonal().mean().clamp_min(TINY)).diagonal().add_(DAMPING)
+        self.metric.div_(1 + DAMPING)
+
+
 class _Metric:
     """H = Q diag(h) Qᵀ in the forms that the half steps multiply with, and the solver of the one for B'."""
 
-    def __init__(self, moment: torch.Tensor, target: torch.Tensor, k: int, dtype: torch.dtype):
-        """moment [batch, n_in, n_in] and target [batch, n_out, n_in], float32."""
-        values, basis = torch.linalg.eigh(moment)
-        self.values = values.clamp_min(0)[:, None, :].to(dtype)  # h
-        self.moment = moment.to(dtype)
+    def __init__(self, metric: torch.Tensor, target: torch.Tensor, k: int, dtype: torch.dtype):
+        """H [n_in, n_in] and target V [batch, n_out, n_in], float32."""
+        values, basis = torch.linalg.eigh(metric)
+        self.values = values.clamp_min(0).to(dtype)  # h
+        self.metric = metric.to(dtype)
         self.basis = basis.to(dtype)
-        self.rotated = (target @ moment @ basis).to(dtype)  # V H Q [batch, n_out, n_in]
-        self.solution = torch.zeros(len(moment), k, moment.shape[1], dtype=dtype, device=moment.device)
+        self.rotated = (target @ metric @ basis).to(dtype)  # V H Q [batch, n_out, n_in]
+        self.solution = torch.zeros(len(target), k, len(metric), dtype=dtype, device=metric.device)
         self.direction = torch.empty_like(self.solution)
 
     def normalised(self, factor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """F [batch, k, n_in] with rows of unit length in this metric, and F H."""
-        image = factor @ self.moment
+        image = factor @ self.metric
         size = (image * factor).sum(dim=2, keepdim=True, dtype=torch.float32).clamp_min(TINY).rsqrt().to(factor.dtype)
         return factor * size, image.mul_(size)
 
@@ -171,7 +187,7 @@ def factorize(
     *,
     importance_in: torch.Tensor | None = None,
     importance_out: torch.Tensor | None = None,
-    moment: torch.Tensor | None = None,
+    moment: InputMoment | None = None,
     iterations: int = OUTER_ITERATIONS,
     seed: int = 0,
     dtype: torch.dtype | None = None,
@@ -179,9 +195,9 @@ def factorize(
     """Factorizes a batch of weights `[batch, n_out, n_in]` (any float dtype) with `k` middle channels each.
 
     importance_in `[batch, n_in]` and importance_out `[batch, n_out]`: RMS of input activations and output gradients;
-    None is 1 everywhere. moment `[batch, n_in, n_in]`: mean of x xᵀ over input activations x, in the place of
-    importance_in, whose squares are on its diagonal. `dtype` is that of the products (see `product_dtype`). The
-    result depends on the weights, the importances, k, the seed, the device and its thread count only.
+    None is 1 everywhere. moment: that of the inputs which all of them read, in the place of importance_in. `dtype` is
+    that of the products (see `product_dtype`). The result depends on the weights, the importances, the moment, k, the
+    seed, the device and its thread count only.
 
     Returns the factors (scales float32, on the weights' device) and the relative squared error ‖W'−Ŵ'‖² / ‖W'‖² of
     each, `[batch]`, under the importances or, with a moment, of the outputs. Raises ValueError for weights that are not
@@ -192,18 +208,17 @@ def factorize(
     batch, n_out, n_in = weight.shape
     device = weight.device
     dtype = dtype or product_dtype(device)
+    o = torch.ones(batch, n_out) if importance_out is None else _finite_importance(importance_out)
+    i = torch.ones(batch, n_in) if importance_in is None else _finite_importance(importance_in)
     if moment is not None:
-        moment = moment.to(device).float()
-        importance_in = moment.diagonal(dim1=1, dim2=2).clamp_min(0).sqrt()
-    o, i = _finite_importance(importance_out, weight, n_out), _finite_importance(importance_in, weight, n_in)
+        i = moment.importance.expand(batch, -1)
+    o, i = o.to(device), i.to(device)
     target = weight.float() * o[:, :, None] * i[:, None, :]
     target = target / target.square().mean(dim=(1, 2), keepdim=True).sqrt().clamp_min(TINY)
-    if moment is not None:
-        moment = _damped(moment.div(i[:, :, None]).div_(i[:, None, :]))
 
     generator = torch.Generator().manual_seed(seed)  # on the CPU: the same start on every device
     start_a, start_b = (torch.randn(k, n, generator=generator).to(device, dtype) for n in (n_out, n_in))
-    metric = None if moment is None else _Metric(moment, target, k, dtype)  # first: it takes most memory on its way
+    metric = None if moment is None else _Metric(moment.metric, target, k, dtype)  # first: it takes most memory on its way
     low = target.to(dtype)
     side_a = _Side(start_a.expand(batch, -1, -1), low.transpose(1, 2).contiguous())
     side_b = _Side(start_b.expand(batch, -1, -1), low)
@@ -230,8 +245,8 @@ def factorize(
     vectors = side_a.v[..., 0], side_b.v[..., 0]  # [batch, n_out], [batch, n_in]
     del side_a, side_b, metric, low, fixed, start_a, start_b  # large
     factors, errors = [], []
+    metric = None if moment is None else moment.metric
     for j in range(batch):
-        metric = None if moment is None else moment[j]
         start = [vector[j] for vector in vectors]
         scales = _refit(target[j], signs_a[j].float(), signs_b[j].float(), *start, metric)
         found = Factors(signs_a[j].contiguous(), signs_b[j].contiguous(), *scales)
@@ -247,27 +262,17 @@ def _anneal(ends: tuple[float, float], done: float) -> float:
     return ends[0] ** (1 - done) * ends[1] ** done
 
 
-def _finite_importance(importance: torch.Tensor | None, weight: torch.Tensor, n: int) -> torch.Tensor:
-    """[batch, n], mean 1, bounded below so that dividing by it is harmless; 1 where there is none."""
-    if importance is None:
-        return torch.ones(weight.shape[0], n, device=weight.device)
-    importance = torch.nan_to_num(importance.to(weight.device).float(), nan=0.0, posinf=0.0).clamp_min(0)
-    mean = importance.mean(dim=1, keepdim=True)
+def _finite_importance(importance: torch.Tensor) -> torch.Tensor:
+    """[..., n] in float32, mean 1, bounded below so that dividing by it is harmless; 1 where nothing is known."""
+    importance = torch.nan_to_num(importance.float(), nan=0.0, posinf=0.0).clamp_min(0)
+    mean = importance.mean(dim=-1, keepdim=True)
     scaled = importance / mean.clamp_min(TINY)
     return torch.where(mean > TINY, scaled, torch.ones_like(scaled)).clamp_min(IMPORTANCE_FLOOR)
 
 
-def _damped(moment: torch.Tensor) -> torch.Tensor:
-    """H [batch, n, n] of mean eigenvalue 1, the identity mixed in; in place."""
-    size = moment.diagonal(dim1=1, dim2=2).mean(dim=1).clamp_min(TINY)
-    damped = moment.div_(size[:, None, None])
-    damped.diagonal(dim1=1, dim2=2).add_(DAMPING)
-    return damped.div_(1 + DAMPING)
-
-
-def _energy(w: torch.Tensor, moment: torch.Tensor | None) -> torch.Tensor:
+def _energy(w: torch.Tensor, metric: torch.Tensor | None) -> torch.Tensor:
     """‖W H^½‖², a scalar; H = I where it is None."""
-    return (w.square() if moment is None else (w @ moment) * w).sum()
+    return (w.square() if metric is None else (w @ metric) * w).sum()
 
 
 def _refit(
@@ -276,24 +281,24 @@ def _refit(
     b_signs: torch.Tensor,
     a: torch.Tensor,
     b: torch.Tensor,
-    moment: torch.Tensor | None = None,
+    metric: torch.Tensor | None = None,
 ):
     """Least-squares scales for fixed signs: m given (a, b) by one k×k system, then a given (m, b), then b given (a, m).
 
-    w [n_out, n_in], moment [n_in, n_in] (None is the identity); returns a [n_out], m [k], b [n_in], float32.
+    w [n_out, n_in], metric [n_in, n_in] (None is the identity); returns a [n_out], m [k], b [n_in], float32.
     """
     left, right = a_signs * a[:, None], b_signs * b  # [n_out, k], [k, n_in]
-    seen, right_seen = (w, right) if moment is None else (w @ moment, right @ moment)
+    seen, right_seen = (w, right) if metric is None else (w @ metric, right @ metric)
     m = _solve((left.T @ left) * (right_seen @ right.T), ((left.T @ seen) * right).sum(dim=1))
     image = (a_signs * m) @ right  # [n_out, n_in], without a
-    image_seen = image if moment is None else image @ moment
+    image_seen = image if metric is None else image @ metric
     a = (seen * image).sum(dim=1) / (image * image_seen).sum(dim=1).clamp_min(TINY)
     image = a[:, None] * ((a_signs * m) @ b_signs)  # without b
     wanted = (seen * image).sum(dim=0)
-    if moment is None:
+    if metric is None:
         b = wanted / image.square().sum(dim=0).clamp_min(TINY)
     else:
-        b = _solve((image.T @ image).mul_(moment), wanted)
+        b = _solve((image.T @ image).mul_(metric), wanted)
     return a, m, b
 
 

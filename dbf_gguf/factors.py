@@ -61,7 +61,8 @@ class Factors:
     def n_in(self) -> int:
         return self.signs_b.shape[1]
 
-    def dense(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """The represented weight `[n_out, n_in]`, computed in `dtype`."""
-        left = self.scale_a.to(dtype)[:, None] * self.signs_a.to(dtype) * self.scale_m.to(dtype)  # [n_out, k]
-        return left @ (self.signs_b.to(dtype) * self.scale_b.to(dtype))
+    def dense(self, dtype: torch.dtype = torch.float32, device: torch.device | None = None) -> torch.Tensor:
+        """The represented weight `[n_out, n_in]`, computed in `dtype` on `device`, by default where the factors are."""
+        signs_a, signs_b = self.signs_a.to(device).to(dtype), self.signs_b.to(device).to(dtype)
+        a, m, b = (scale.to(device, dtype) for scale in (self.scale_a, self.scale_m, self.scale_b))
+        return (a[:, None] * signs_a * m) @ (signs_b * b)

@@ -33,7 +33,7 @@ from .budget import MAX_BITS, MIN_BITS, adaptive_budget, bits_for_size, bits_per
 from .checkpoint import WorkFolder, block_file, read_tensors
 from .errors import DBFError
 from .evaluate import dense_and_compressed
-from .factorize import factorize, product_dtype
+from .factorize import InputMoment, factorize, product_dtype
 from .fetch import sha256_of
 from .gguf_file import PARTS, GGUFFile
 from .gguf_writer import check_convertible, check_types, planned_size, write_gguf
@@ -150,7 +150,7 @@ def workers_for(threads: int, n_out: int, n_in: int, k: int, memory: int, metric
     # target in two precisions; five work arrays, signs and their float32 products at the end; k x k matrices
     each = 12 * n_out * n_in + (6 * item + 13) * k * (n_out + n_in) + (3 * item + 12) * k * k
     if metric:  # H and its eigenvectors in two precisions, LAPACK's work; the solver's arrays
-        each += (20 + 2 * item) * n_in * n_in + item * n_in * (n_out + 2 * k)
+        each += (16 + 2 * item) * n_in * n_in + item * n_in * (n_out + 2 * k)
     return max(1, min(threads, min(memory // 2, SIDE_BY_SIDE_BYTES) // each))
 
 
@@ -393,9 +393,11 @@ class Job:
 
             own = parallel.share([name for name in self.shapes if name not in self.curves])
             sensitivity.measure(
-                self.load_dense(),
+                self.block_model(),
                 self.windows["calibration"].long(),
                 self.work.read_tensors("importance.safetensors"),
+                self.work.path,
+                metric=self.settings.blocks != "none" and self.settings.importance,
                 known=self.shapes.keys() - set(own),
                 workers=self._workers("measuring_workers", widest),
                 seed=self.settings.seed,
@@ -433,7 +435,8 @@ class Job:
                     self._factorize_units(own, self._read_weight, tensors, None, self._workers(), update)
                 return
 
-            def group(weights: dict[str, torch.Tensor], moment: torch.Tensor) -> None:
+            def group(weights: dict[str, torch.Tensor], second_moment: torch.Tensor) -> None:
+                moment = InputMoment(second_moment) if self.settings.importance else None
                 workers = max(1, min(self._workers(), len(weights)))
                 self._factorize_units(self.units(weights), weights.get, tensors, moment, workers, update)
 
@@ -496,7 +499,7 @@ class Job:
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _factorize_unit(self, names: list[str], weight: Callable, tensors: dict, moment) -> list[tuple]:
-        """[(name, factors, error, seconds)] of one unit; weight(name) is [n_out, n_in], moment [n_in, n_in] or None."""
+        """[(name, factors, error, seconds)] of one unit; weight(name) is [n_out, n_in]."""
         begin = time.monotonic()
         device = self.settings.device
         weights = torch.stack([weight(name).to(device) for name in names])
@@ -504,7 +507,8 @@ class Job:
             factors, errors = factorize(
                 weights,
                 self.budget[names[0]],
-                **self._importance(names, tensors, moment),
+                **self._importance(names, tensors),
+                moment=moment,
                 iterations=self.settings.iterations,
                 seed=self.settings.seed,
             )
@@ -513,15 +517,14 @@ class Job:
         seconds = (time.monotonic() - begin) / len(names)
         return [(n, f, e, seconds) for n, f, e in zip(names, factors, errors.tolist(), strict=True)]
 
-    def _importance(self, names: list[str], tensors: dict, moment: torch.Tensor | None) -> dict:
+    def _importance(self, names: list[str], tensors: dict) -> dict[str, torch.Tensor]:
         """The arguments of `factorize` that say what matters."""
         if not self.settings.importance:
             return {}
-        found = {
+        return {
             argument: torch.stack([tensors[f"{name}.{side}"] for name in names])
             for argument, side in (("importance_in", "input"), ("importance_out", "output"))
         }
-        return found | {"moment": None if moment is None else moment.expand(len(names), -1, -1)}
 
     def tune(self) -> None:
         s, work = self.settings, self.work

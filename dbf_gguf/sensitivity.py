@@ -1,50 +1,58 @@
 """How much the model suffers from each linear's compression: what an adaptive budget is computed from.
 
-Every linear is factorized by a few iterations at two widths k₀ < k₁ of 1 and 2 bits a weight. Put into the otherwise
-dense model at k₀, it gives the effect
+Every linear is factorized by a few iterations at two widths k₀ < k₁ of 1 and 2 bits a weight, with the second moment of
+its inputs as metric where the compression itself has it (`blockwise`). Put into the otherwise dense model at k₁, it
+gives the effect
 
-    effect(k₀) = KL(dense ‖ dense but for this linear)        mean over the tokens of a few calibration windows
+    effect(k₁) = KL(dense ‖ dense but for this linear)        mean over the tokens of a few calibration windows
 
-At k₁ the KL is taken to have fallen as the factorization error has, effect(k₁) = effect(k₀) · e(k₁) / e(k₀): where
+At k₀ the KL is taken to be larger as the factorization error is, effect(k₀) = effect(k₁) · e(k₀) / e(k₁): where
 it is small the KL is quadratic in the error of the weights, and a pass is saved. The two points are the linear's
 curve, from which `adaptive_budget` allocates any number of bits: the widths do not depend on the wanted size.
 
 The KL, not the loss on the text, because it is what the tuning minimizes, and because it is 0 for the dense model: a
 next-token loss may fall by chance when a linear is damaged. Against the dense model, not a compressed one, because at
 few bits and before tuning the latter predicts next to nothing, in which the differences drown.
+
+The metric matters: tokens with massive activations, which the first blocks of many models make, are ruined by a
+factorization that does not know them, and their blocks would get three times the bits that they are worth.
 """
 
 import copy
 import json
 import math
+import threading
 from collections.abc import Callable, Collection
 from concurrent.futures import as_completed
 from pathlib import Path
-from queue import SimpleQueue
 
 import torch
+from torch import nn
 
+from .blocks import Activations, BlockModel, block_prefix, linears, replace
+from .blockwise import MEMORY_BYTES, Streams, groups, tapped
 from .budget import Curve, uniform_budget
 from .checkpoint import write_atomically
 from .errors import DBFError
-from .factorize import factorize
+from .factorize import InputMoment, factorize
 from .factors import BLOCK
 from .loss import kl_divergence
-from .model import block_linears, put, replace_linear
-from .threads import side_by_side
+from .threads import in_order, side_by_side
 
 MEASURED_BITS = (1.0, 2.0)
 ITERATIONS = 15  # enough to compare linears; the errors are some percent above those of a full factorization
-TOKENS, LENGTH = 512, 256  # of calibration text, in windows of at most LENGTH
+TOKENS, LENGTH = 1024, 256  # of calibration text for the KL, in windows of at most LENGTH
 LEAST_EFFECT = 1e-9  # below it the KL is rounding
 FORMAT = 1
 
 
 def measure(
-    model,
+    model: BlockModel,
     windows: torch.Tensor,
     importance: dict[str, torch.Tensor],
+    folder: Path,
     *,
+    metric: bool,
     known: Collection[str],
     workers: int,
     seed: int,
@@ -54,60 +62,103 @@ def measure(
 
     windows     calibration windows [count, length], token ids
     importance  that of `importance.measure`
+    folder      where activations are kept, should they be too large for memory
+    metric      factorize with the second moment of the inputs
     workers     how many linears at a time; `record` is called by one thread alone
 
     Memory: the model, and for each worker what factorizing one linear takes. Raises DBFError for weights that cannot be
     factorized.
     """
-    linears = block_linears(model)
-    shapes = {name: tuple(module.weight.shape) for name, module in linears.items()}
+    blocks = [model.block(index) for index in range(len(model))]
+    shapes = {n: tuple(m.weight.shape) for i, block in enumerate(blocks) for n, m in linears(i, block).items()}
     low, high = (uniform_budget(shapes, bits) for bits in MEASURED_BITS)
-    windows = windows[:, :LENGTH]
-    ids = windows[: math.ceil(TOKENS / windows.shape[1])].to(model.get_input_embeddings().weight.device)
-    head = model.get_output_embeddings().weight
-    # Copies of the modules, not of the tensors: each worker replaces a linear in a model of its own.
-    tensors = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
-    models: SimpleQueue = SimpleQueue()
-    for _ in range(workers):
-        models.put(copy.deepcopy(model, dict(tensors)))
+    stream = _Stream(model, windows, folder)
+    short = windows[: math.ceil(TOKENS / min(LENGTH, windows.shape[1])), :LENGTH]
+    hidden = model.embed(short)  # before the current block
+    head = model.head
 
     @torch.no_grad()
-    def hidden(model) -> torch.Tensor:
-        return model.model(ids, use_cache=False).last_hidden_state.flatten(0, 1)
+    def final(index: int, hidden: torch.Tensor) -> torch.Tensor:
+        """What the head is multiplied with, [tokens, d], for hidden states before dense block `index`."""
+        for i, block in enumerate(blocks[index:], index):
+            hidden = model.run(i, block, hidden)
+        return model.norm(hidden).flatten(0, 1)
 
-    def curve(name: str) -> Curve:
+    def curve(index: int, name: str, moment: InputMoment | None) -> Curve:
+        weight = linears(index, blocks[index])[name].weight.detach()
         widths = low[name], max(low[name] + BLOCK, high[name])
         try:
-            results = [
+            (_, larger), ((factors,), error) = (
                 factorize(
-                    linears[name].weight.detach()[None],
+                    weight[None],
                     k,
                     importance_in=importance[f"{name}.input"][None],
                     importance_out=importance[f"{name}.output"][None],
+                    moment=moment,
                     iterations=ITERATIONS,
                     seed=seed,
                 )
                 for k in widths
-            ]
-        except (ValueError, torch.linalg.LinAlgError) as error:
-            raise DBFError(f"{name}: {error}") from None
-        (((factors,), error), (_, smaller)) = results
-        student = models.get()
-        try:
-            replace_linear(student, name, factors, linears[name].weight.dtype)
-            total, _ = kl_divergence(hidden(student), reference, head, gradient=False)
-        finally:
-            put(student, name, linears[name])
-            models.put(student)
-        effect = max(total / ids.numel(), LEAST_EFFECT)
-        ratio = min(smaller.item() / max(error.item(), 1e-30), 0.999)  # a curve that does not fall cannot be ranked
-        return (widths[0], effect), (widths[1], effect * max(ratio, 1e-6))
+            )
+        except (ValueError, torch.linalg.LinAlgError) as problem:
+            raise DBFError(f"{name}: {problem}") from None
+        changed = _copy(blocks[index])
+        replace(index, changed, name, factors, model.dtype)
+        with torch.no_grad():
+            after = model.run(index, changed, hidden)
+        total, _ = kl_divergence(final(index + 1, after), reference, head, gradient=False)
+        effect = max(total / short.numel(), LEAST_EFFECT)
+        ratio = min(error.item() / max(larger.item(), 1e-30), 0.999)  # a curve that does not fall cannot be ranked
+        return (widths[0], effect / max(ratio, 1e-2)), (widths[1], effect)
 
     with side_by_side(workers) as pool:
-        reference = pool.submit(hidden, model).result()
-        waiting = {pool.submit(curve, name): name for name in shapes if name not in known}
-        for future in as_completed(waiting):
-            record(waiting[future], future.result())
+        reference = pool.submit(final, 0, hidden).result()
+    for index, block in enumerate(blocks):
+        wanted = [name for name in linears(index, block) if name not in known]
+        order = groups(model, index, block, hidden[:1])
+        moments = stream.advance(index, block, order if wanted and metric else [])
+        with side_by_side(workers) as pool:
+            waiting = {pool.submit(curve, index, name, moments.get(name)): name for name in wanted}
+            for future in as_completed(waiting):
+                record(waiting[future], future.result())
+        with torch.no_grad():
+            hidden = model.run(index, block, hidden)
+
+
+class _Stream:
+    """The dense hidden states of windows [count, length] of token ids before the current block."""
+
+    def __init__(self, model: BlockModel, windows: torch.Tensor, folder: Path):
+        self.model, self.tokens = model, windows.numel()
+        self.workers = model.workers(windows.shape[1], backward=False)
+        self.states = Activations(*windows.shape, model.config.hidden_size, model.dtype, folder, MEMORY_BYTES)
+        for number, window in enumerate(windows):
+            self.states.write(slice(number, number + 1), model.embed(window[None]))
+
+    def advance(self, index: int, block: nn.Module, order: list[list[str]]) -> dict[str, InputMoment]:
+        """Takes the states through block `index`; what the linears in the groups of `order` have met on the way."""
+        local, first = threading.local(), [group[0].removeprefix(block_prefix(index)) for group in order]
+
+        @torch.no_grad()
+        def one(number: int) -> list[torch.Tensor]:
+            place = slice(number, number + 1)
+            local.seen, local.last = {}, None
+            self.states.write(place, self.model.run(index, block, self.states.read(place)))
+            return [local.seen[name].flatten(0, 1) for name in first]
+
+        sums: list[torch.Tensor] = []
+        with tapped((block,), first, local), side_by_side(self.workers) as pool:
+            for inputs in in_order(pool, one, range(len(self.states)), 2 * self.workers):
+                sums = sums or [torch.zeros(x.shape[1], x.shape[1], device=x.device) for x in inputs]
+                for total, x in zip(sums, inputs, strict=True):
+                    total += x.T @ (x * Streams.token_weights(x))
+        found = [InputMoment(total.div_(self.tokens)) for total in sums]
+        return {name: moment for group, moment in zip(order, found, strict=True) for name in group}
+
+
+def _copy(block: nn.Module) -> nn.Module:
+    """A block of its own, of the same tensors."""
+    return copy.deepcopy(block, {id(tensor): tensor for tensor in (*block.parameters(), *block.buffers())})
 
 
 def write(path: Path, weights: str, curves: dict[str, Curve], **allocation) -> None:

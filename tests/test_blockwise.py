@@ -16,7 +16,7 @@ from dbf_gguf import blockwise
 from dbf_gguf.blocks import BlockModel, linears, replace
 from dbf_gguf.blockwise import CORRECTION_RIDGE, TOKEN_CAP, Streams, Tuning, compress, corrected, groups
 from dbf_gguf.checkpoint import WorkFolder, block_file
-from dbf_gguf.factorize import factorize
+from dbf_gguf.factorize import InputMoment, factorize
 from dbf_gguf.factors import Factors
 from dbf_gguf.importance import measure
 from dbf_gguf.model import DBFLinear, load_dense
@@ -108,6 +108,16 @@ def test_moments_are_those_of_both_streams(model, work, monkeypatch):
         assert np.allclose(r, (rest[0] - rest[1]).T @ x_hat / len(x), rtol=1e-3, atol=1e-5 * r.abs().max().item())
 
 
+def test_the_last_moments_of_a_block_may_take_the_dense_stream_on(model, work):
+    streams = Streams(model, WINDOWS, work)
+    dense, other, name = model.block(0), changed(model, 0), "model.layers.0.mlp.down_proj"
+    before = streams.dense.read(slice(None))
+    there, there_and_on = (streams.moments(0, dense, other, [name], advance_dense=on) for on in (False, True))
+    assert all(one.equal(same) for one, same in zip(there, there_and_on, strict=True))
+    assert torch.allclose(streams.dense.read(slice(None)), model.run(0, dense, before), atol=1e-5)
+    assert streams.compressed.read(slice(None)).equal(before)
+
+
 def test_no_token_counts_for_much_more_than_the_median(model, work):
     x = torch.randn(50, 8)
     x[3] *= 1000
@@ -139,9 +149,10 @@ def test_corrected_weight_is_the_optimum_of_its_formula():
 def plain(work, k=32, iterations=20, noise=0.0):
     """A `factorize` argument for `compress`, which stores its factors, with `noise` on their scales."""
 
-    def put(weights, moment):
+    def put(weights, second_moment):
+        moment = InputMoment(second_moment)
         for name, weight in weights.items():
-            found, errors = factorize(weight[None], k, moment=moment[None], iterations=iterations)
+            found, errors = factorize(weight[None], k, moment=moment, iterations=iterations)
             for scale in (found[0].scale_m, found[0].scale_a):
                 scale *= 1 + noise * torch.randn(scale.shape, generator=torch.Generator().manual_seed(1))
             work.write_linear(name, found[0], {"k": k, "error": errors[0].item()})
@@ -228,6 +239,7 @@ def test_tuned_blocks_are_closer_still_and_interruptions_leave_no_trace(model, s
         with pytest.raises(Killed):
             compress(model, WINDOWS, cut, put, tuning)
         cut = WorkFolder.open(cut.path)
+        inner = plain(cut, **OFF)
     compress(model, WINDOWS, cut, put, tuning)
     for index in range(BLOCKS):
         a, b = (w.read_tensors(block_file(index)) for w in (work, cut))

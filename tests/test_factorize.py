@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dbf_gguf.factorize import RHO, RIDGE, _anneal, _Metric, _refit, _Side, factorize
+from dbf_gguf.factorize import RHO, RIDGE, InputMoment, _anneal, _Metric, _refit, _Side, factorize
 from dbf_gguf.factors import Factors
 
 _SPEC = importlib.util.spec_from_file_location(
@@ -156,7 +156,7 @@ def test_a_moment_lowers_the_error_of_the_outputs():
     def output_error(f: Factors) -> float:
         return ((new @ (w - f.dense()).T).square().sum() / (new @ w.T).square().sum()).item()
 
-    found, reported = factorize(w[None], 64, moment=moment[None], iterations=QUICK)
+    found, reported = factorize(w[None], 64, moment=InputMoment(moment.clone()), iterations=QUICK)
     diagonal, _ = one(w, 64, importance_in=moment.diagonal().sqrt(), iterations=QUICK)
     assert_sound(found[0], 96, 64, 128)
     assert output_error(found[0]) < 0.5 * output_error(diagonal)
@@ -165,7 +165,7 @@ def test_a_moment_lowers_the_error_of_the_outputs():
 
 def test_an_uncorrelated_moment_changes_little():
     w, i = weight(96, 128), torch.rand(128, generator=torch.Generator().manual_seed(1)) + 0.2
-    _, with_moment = factorize(w[None], 64, moment=i.square().diag()[None], iterations=QUICK)
+    _, with_moment = factorize(w[None], 64, moment=InputMoment(i.square().diag()), iterations=QUICK)
     _, plain = one(w, 64, importance_in=i, iterations=QUICK)
     assert with_moment[0].item() == pytest.approx(plain, rel=0.05)
 
@@ -176,10 +176,10 @@ def test_the_solver_of_the_half_step_converges():
     moment = correlated(n).T.cov()
     factor = torch.nn.functional.normalize(torch.randn(k, 20, generator=torch.Generator().manual_seed(2)), dim=1)
     gram, right = (factor @ factor.T)[None], torch.randn(1, k, n, generator=torch.Generator().manual_seed(3))
-    metric = _Metric(moment[None], torch.zeros(1, 4, n), k, torch.float32)
+    metric = _Metric(moment, torch.zeros(1, 4, n), k, torch.float32)
     for _ in range(40):
         metric.solve(gram, right.clone(), shift, torch.empty_like(right))
-    system = torch.kron(gram[0].double(), metric.values[0, 0].double().diag()) + shift * torch.eye(k * n)
+    system = torch.kron(gram[0].double(), metric.values.double().diag()) + shift * torch.eye(k * n)
     wanted = torch.linalg.solve(system, right.double().flatten())
     assert torch.allclose(metric.solution.flatten().double(), wanted, atol=1e-4)
 
