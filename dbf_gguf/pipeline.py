@@ -382,7 +382,7 @@ class Job:
         if len(self.curves) == len(self.shapes):
             self.screen.line("budget: measured before")
             return
-        widest = uniform_budget(self.shapes, max(sensitivity.MEASURED_BITS))
+        widest = uniform_budget(self.shapes, max(sensitivity.CURVE_BITS))
         with self.screen.progress("effects", len(self.shapes), len(self.curves)) as update:
 
             def record(name: str, curve) -> None:
