@@ -30,7 +30,7 @@ from dbf_gguf.gguf_writer import check_output, write_gguf
 from dbf_gguf.source import ModelSource, resolve
 from dbf_gguf.verify import check_format, check_work
 
-JOINED = "--bits 2 --calib-sequences 4 --seq-len 64 --iterations 12 --block-tokens 2048 --tune-tokens 30720"
+JOINED = "--bits 2 --calib-sequences 4 --seq-len 64 --iterations 12 --block-tokens 2048 --tune-tokens 15360"
 JOINED = [*JOINED.split(), "--tune-lr", "5e-3", "--threads", "2", "--device", "cpu", "--eval-windows", "0"]
 OPTIONS = [*JOINED, "--join", "none"]  # the linears by themselves
 LINEAR = re.compile(r"blk\.\d+\.\w+ +k=\d+ +\d\.\d\d bits  err 0\.\d{4}  \d+\.\d s")
@@ -236,7 +236,7 @@ def test_changed_settings_are_named(converted, model, text, monkeypatch, capsys)
     more = ["--work", folder, "--bits", "1.5", "--tune-tokens", "9999"]
     error = fails(monkeypatch, capsys, "convert", model, "--calib", text, "-o", output, *OPTIONS, *more)
     assert "bits was 2.0, now 1.5" in error
-    assert "tune-tokens was 30720, now 9999" in error
+    assert "tune-tokens was 15360, now 9999" in error
     assert (output.read_bytes(), (folder / "manifest.json").read_bytes()) == before
 
 
@@ -317,7 +317,7 @@ def test_bad_models(kind, model, text, tmp_path, monkeypatch, capsys):
 def test_bad_options(options, message, model, text, tmp_path, monkeypatch, capsys):
     texts = {"SHORT": tmp_path / "short.txt", "FEW": tmp_path / "few.txt"}
     texts["SHORT"].write_text("the quick brown fox")
-    texts["FEW"].write_text(text.read_text()[:560])
+    texts["FEW"].write_text(text.read_text()[:280])
     options = [texts.get(option, option) for option in options]
     output = tmp_path / "out.gguf"
     error = fails(monkeypatch, capsys, "convert", model, "--calib", text, "-o", output, *OPTIONS, *options)
@@ -672,7 +672,7 @@ def test_joined_linears_with_everything_else(model, text, tmp_path, monkeypatch,
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(pipeline, "check_convertible", lambda folder, tree: None)  # seconds, and tested above
     more = "--budget adaptive --blocks signs --tune signs --iterations 3 --size 55000 -o joined.gguf"
-    more += " --tune-tokens 8192 --threads 1"
+    more += " --tune-tokens 4096 --threads 1"
     arguments = ["convert", model, "--calib", text, *JOINED[2:], *more.split()]
     monkeypatch.setattr(sys, "argv", ["dbf-gguf", *map(str, arguments)])
     cli.main()

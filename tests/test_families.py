@@ -87,7 +87,7 @@ JOINED = {  # --join; phi3 has nothing that could be joined
 }
 N_LINEARS = {"phi3": 4, "llama-joined": 4, "qwen2-yarn": 4, "qwen3-joined": 4, "llama-tied": 5}
 TUNED = ("qwen2", "qwen3")
-TUNE = ["--tune", "scales", "--tune-tokens", "20480"]
+TUNE = ["--tune", "scales", "--tune-tokens", "10240"]
 BOUND = 1e-2  # nats; the largest difference measured is 4e-3
 FILES = "--embedding-type f32 --output-type f32"
 OPTIONS = "--bits 3 --calib-sequences 4 --seq-len 64 --iterations 5 --threads 1 --device cpu --eval-windows 0"

@@ -34,7 +34,7 @@ from dbf_gguf.model import DBFLinear, block_linears, load_dense, replace_linear
 from dbf_gguf.threads import side_by_side
 from dbf_gguf.verify import check_format, check_work
 
-OPTIONS = [*OPTIONS, "--threads", "1", "--tune-tokens", "24576"]
+OPTIONS = [*OPTIONS, "--threads", "1", "--tune-tokens", "12288"]
 STEPS = 12
 
 
