@@ -243,13 +243,23 @@ def _partly_compressed(model: BlockModel, index: int, work: WorkFolder, names: l
     return block
 
 
-def _wanted(model, streams: Streams, index: int, work: WorkFolder, done: list[str], group: list[str], advance: bool):
+def _wanted(
+    model: BlockModel,
+    streams: Streams,
+    index: int,
+    work: WorkFolder,
+    done: list[str],
+    group: list[str],
+    advance_dense: bool,
+):
     """{name: W*} of this process' share of a group, and H, when the linears in `done` are compressed already.
 
-    advance: of the dense stream, see `Streams.moments`.
+    advance_dense: see `Streams.moments`.
     """
     dense = model.block(index)
-    h, c, r = streams.moments(index, dense, _partly_compressed(model, index, work, done), group, advance)
+    compressed = _partly_compressed(model, index, work, done)
+    h, c, r = streams.moments(index, dense, compressed, group, advance_dense)
+    del compressed  # before the weights of the group are made
     weights = {name: linears(index, dense)[name].weight for name in parallel.share(group)}
     return corrected(weights, h, c, r), h
 

@@ -40,8 +40,8 @@ from .signs import SignTraining
 from .threads import side_by_side
 from .trainables import BETAS, Trainables, learning_rate
 
-# Fewer, larger steps learn less from the same text: SmolLM2 at 2 bits, block by block from little text, held-out KL 1.183,
-# after 40,960 tokens in steps of 512 tokens 1.039, in steps of 256 0.932.
+# Fewer, larger steps learn less from the same text: SmolLM2 at 2 bits, block by block from little text, held-out KL
+# 1.183, after 40,960 tokens in steps of 512 tokens 1.039, in steps of 256 0.932.
 STEP_TOKENS = 256
 HELD_OUT_TOKENS = 2048
 TIMED = range(3, 9)  # steps whose time turns minutes into tokens; the first ones include one-time costs

@@ -218,7 +218,8 @@ def factorize(
 
     generator = torch.Generator().manual_seed(seed)  # on the CPU: the same start on every device
     start_a, start_b = (torch.randn(k, n, generator=generator).to(device, dtype) for n in (n_out, n_in))
-    metric = None if moment is None else _Metric(moment.metric, target, k, dtype)  # first: it takes most memory on its way
+    # first: it takes most memory on its way
+    metric = None if moment is None else _Metric(moment.metric, target, k, dtype)
     low = target.to(dtype)
     side_a = _Side(start_a.expand(batch, -1, -1), low.transpose(1, 2).contiguous())
     side_b = _Side(start_b.expand(batch, -1, -1), low)

@@ -6,10 +6,10 @@ effect
 
     effect(k₁) = KL(dense ‖ dense but for this linear)        mean over the tokens of a few calibration windows
 
-At the width k₀ of 1 bit the KL is taken to be larger by the same factor for all, as the factorization errors nearly are:
-of 120 linears of SmolLM2 with the metric, the error at 2 bits was 0.40 to 0.60 of that at 1 bit. Effects themselves differ
-a hundredfold. The two points are the linear's curve, from which `adaptive_budget` allocates any number of bits: the
-widths do not depend on the wanted size.
+At the width k₀ of 1 bit the KL is taken to be larger by the same factor for all, as the factorization errors nearly
+are: of 120 linears of SmolLM2 with the metric, the error at 2 bits was 0.40 to 0.60 of that at 1 bit. Effects
+themselves differ a hundredfold. The two points are the linear's curve, from which `adaptive_budget` allocates any
+number of bits: the widths do not depend on the wanted size.
 
 The KL, not the loss on the text, because it is what the tuning minimizes, and because it is 0 for the dense model: a
 next-token loss may fall by chance when a linear is damaged. Against the dense model, not a compressed one, because at
