@@ -15,8 +15,8 @@ The KL, not the loss on the text, because it is what the tuning minimizes, and b
 next-token loss may fall by chance when a linear is damaged. Against the dense model, not a compressed one, because at
 few bits and before tuning the latter predicts next to nothing, in which the differences drown.
 
-The metric matters: tokens with massive activations, which the first blocks of many models make, are ruined by a
-factorization that does not know them, and their blocks would get three times the bits that they are worth.
+The metric matters: joint gate and up of SmolLM2's first block have an effect of 1.27 without it and 0.15 with it.
+Measured without, they would take bits from all others that the block-by-block compression does not need there.
 """
 
 import copy
