@@ -4,17 +4,16 @@
 
 Writes checkpoints of the shape of Llama-2-7B (hidden 4096, feed-forward 11008, 32 heads, vocabulary 32000, untied) with
 2 and with 6 blocks of random weights into FOLDER (sharded safetensors in float16; 4.3 GB for both, and as much room for
-their results), converts both with `--tune none --join none` in processes of their own, and says how much memory these
-took and how long a linear took. Ends with status 1 when a conversion fails, when one takes more than 6 GB (10^9 bytes),
-or when the two differ by more than 10 %. Linux only: memory is read from /proc.
-
-Without joint linears, because their times are of the paper's matrices; with them gate and up, twice as high as either,
-need more memory, which has not been measured.
+their results), converts both with `--tune none` in processes of their own, and says how much memory these took and how
+long a linear took. Ends with status 1 when a conversion fails, when one takes more than 6 GB (10^9 bytes), or when the
+two differ by more than 10 %. Linux only: memory is read from /proc. Options that it does not know go to `convert`:
+--block-tokens 2048 where time matters, --join none for the matrices of the paper.
 
 Memory: resident set size of the process and its children together, twenty times a second, and their own high-water
-marks; the pages of mapped files count. Time: the first checkpoint is converted with three times the iterations of the
-second, so that the time of an iteration and what comes once (reading, the closed-form fit) can be told apart. Both are
-then counted up to a whole Llama-2-7B at the default iterations.
+marks; the pages of mapped files count. Time: the first checkpoint is converted with twice the iterations of the second,
+so that the time of an iteration and what comes once (reading, eigenvectors, the closed-form fit) can be told apart.
+Both are then counted up to a whole Llama-2-7B at the default iterations; the passages of the calibration text and the
+tuning by their arithmetic, in the amounts of the recipe. What a GPU would take is predicted, see GPU_PRODUCTS.
 """
 
 import argparse
@@ -31,6 +30,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+from dbf_gguf import recipes
 from dbf_gguf.budget import uniform_budget
 from dbf_gguf.factorize import OUTER_ITERATIONS
 
@@ -40,6 +40,14 @@ SHAPES = {f"self_attn.{name}_proj": (HIDDEN, HIDDEN) for name in "qkvo"} | {
     "mlp.gate_proj": (FEED_FORWARD, HIDDEN),
     "mlp.up_proj": (FEED_FORWARD, HIDDEN),
     "mlp.down_proj": (HIDDEN, FEED_FORWARD),
+}
+# by the names that `convert` prints, joint linears too
+KINDS = {f"attn_{name}": (HIDDEN, HIDDEN) for name in ("q", "k", "v", "output")} | {
+    "attn_qkv": (3 * HIDDEN, HIDDEN),
+    "ffn_gate": (FEED_FORWARD, HIDDEN),
+    "ffn_up": (FEED_FORWARD, HIDDEN),
+    "ffn_gate_up": (2 * FEED_FORWARD, HIDDEN),
+    "ffn_down": (HIDDEN, FEED_FORWARD),
 }
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],
@@ -62,9 +70,12 @@ SENTENCE = "the quick brown fox jumps over lazy dogs while seven wizards quietly
 LINE = re.compile(r"(blk\.\d+\.\w+) +k=\d+ .* ([\d.]+) s$")
 
 # What a GPU of the RTX 4090's class is assumed to sustain: half of its 165 dense bfloat16 TFLOPS with float32
-# accumulation on products, a quarter of its 83 float32 TFLOPS on Cholesky factors and inverses, 70 % of its 1 TB/s.
-GPU_PRODUCTS, GPU_FLOAT32, GPU_BANDWIDTH = 80e12, 20e12, 0.7e12
-PASSES = 16  # over an array [k, n] that one half step makes beside its products, read and written (factorize._Side)
+# accumulation on products, a quarter of its 83 float32 TFLOPS on Cholesky factors, inverses and float32 products,
+# 1 TFLOPS on eigenvectors, whose first half is bound by memory, 70 % of its 1 TB/s.
+GPU_PRODUCTS, GPU_FLOAT32, GPU_EIGEN, GPU_BANDWIDTH = 80e12, 20e12, 1e12, 0.7e12
+# over arrays [k, n_out] and [k, n_in] that an iteration makes beside its products, read and written (factorize.py)
+PASSES_OUT, PASSES_IN = 16, 100
+TUNING = 11  # FLOP a weight and token at 1.5 bits: dense model 2; factors forward 3, the same anew, and backward 3
 
 
 def write_checkpoint(folder: Path, blocks: int) -> None:
@@ -151,7 +162,7 @@ def convert(folder: Path, text: Path, bits: float, iterations: int, more: list[s
     output, work = folder.with_suffix(".gguf"), folder.with_name(f"{folder.name}-work")
     shutil.rmtree(work, ignore_errors=True)
     command = [sys.executable, "-m", "dbf_gguf", "convert", folder, "-o", output, "--work", work, "--calib", text]
-    command += ["--tune", "none", "--join", "none", "--bits", bits, "--iterations", iterations, "--device", "cpu"]
+    command += ["--tune", "none", "--bits", bits, "--iterations", iterations, "--device", "cpu"]
     command += ["--calib-sequences", 4, "--seq-len", 256, "--eval-windows", 2, *more]
     print("$", " ".join(map(str, command)), flush=True)
     begin = time.monotonic()
@@ -177,18 +188,36 @@ def convert(folder: Path, text: Path, bits: float, iterations: int, more: list[s
 
 
 def flops(n_out: int, n_in: int, k: int) -> tuple[float, float]:
-    """Of one outer iteration (dbf_gguf/factorize.py), two half steps: (of products, of the k × k systems).
+    """Of one outer iteration with a metric (dbf_gguf/factorize.py): (of products, of the k × k system).
 
-    A half step that moves [k, n] against [k, d]: Gram matrix 2k²d, right-hand side 2kdn, times the inverse 2k²n;
-    Cholesky factor and inverse k³.
+    For A': F H, Gram matrix, right-hand side, times the inverse; Cholesky factor and inverse k³. For B': Gram matrix,
+    right-hand side, two changes of basis, and the Gram matrix times what it is solved for, four times.
     """
-    return 4 * k * n_out * n_in + 4 * k * k * (n_out + n_in), 2.0 * k**3
+    to_a = 2 * k * n_in**2 + 2 * k * k * n_in + 2 * k * n_in * n_out + 2 * k * k * n_out
+    to_b = 2 * k * k * n_out + 2 * k * n_out * n_in + 4 * k * n_in**2 + 8 * k * k * n_in
+    return to_a + to_b, float(k**3)
 
 
-def gpu_seconds(n_out: int, n_in: int, k: int) -> float:
-    """Predicted for one outer iteration: products, systems and passes over the arrays one after the other."""
+def gpu_seconds(n_out: int, n_in: int, k: int) -> tuple[float, float]:
+    """Predicted (once, for one outer iteration): products, systems and passes over the arrays one after the other.
+
+    Once: eigenvectors of the metric, some 10 n³; V H Q; the system of the correction and of the last fit; their images.
+    """
     products, systems = flops(n_out, n_in, k)
-    return products / GPU_PRODUCTS + systems / GPU_FLOAT32 + PASSES * 2 * k * (n_out + n_in) / GPU_BANDWIDTH
+    passes = 2 * k * (PASSES_OUT * n_out + PASSES_IN * n_in)
+    once = 10 * n_in**3 / GPU_EIGEN + (10 * n_out * n_in**2 + n_in**3 + 4 * k * n_out * n_in) / GPU_FLOAT32
+    return once, products / GPU_PRODUCTS + systems / GPU_FLOAT32 + passes / GPU_BANDWIDTH
+
+
+def passage_flops() -> float:
+    """Of one token and block (dbf_gguf/blockwise.py).
+
+    Both streams to the inputs of the four groups and on to the block's end are about four times the block; H and C of
+    each group, R of two.
+    """
+    block = 2 * (4 * HIDDEN**2 + 3 * HIDDEN * FEED_FORWARD)
+    moments = 4 * (3 * HIDDEN**2 + FEED_FORWARD**2) + 2 * HIDDEN * (HIDDEN + FEED_FORWARD)
+    return 4 * block + moments
 
 
 def main() -> int:
@@ -196,15 +225,16 @@ def main() -> int:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--blocks", type=int, nargs=2, default=[2, 6], metavar="N")
     parser.add_argument("--bits", type=float, default=1.5)
-    parser.add_argument("--iterations", type=int, default=3, help="of the second conversion; the first does 3 times it")
+    parser.add_argument("--iterations", type=int, default=3, help="of the second conversion; the first has twice these")
     parser.add_argument("--keep", action="store_true", help="keep the files")
     arguments, more = parser.parse_known_args()  # the rest goes to `dbf-gguf convert`
     if arguments.iterations < 3:  # before the first conversion has taken its time
         parser.error("--iterations must be at least 3, the least that convert takes")
 
+    recipe = recipes.load("llama2-7b")
     text = arguments.folder / "text.txt"
     results = []
-    for blocks, iterations in zip(arguments.blocks, (3 * arguments.iterations, arguments.iterations), strict=True):
+    for blocks, iterations in zip(arguments.blocks, (2 * arguments.iterations, arguments.iterations), strict=True):
         folder = arguments.folder / f"{blocks}-blocks"
         write_checkpoint(folder, blocks)
         text.write_text("".join(random.Random(0).choices(SENTENCE.split(" "), k=4000)))
@@ -219,22 +249,34 @@ def main() -> int:
         line = f"{r['peak'] / 1e9:8.2f}  {r['anonymous'] / 1e9:9.2f}  {r['seconds'] / 60:7.1f}  {r['stage']}"
         print(f"{blocks:6}  {line}")
 
-    budget = uniform_budget({f"model.layers.0.{n}": shape for n, shape in SHAPES.items()}, arguments.bits)
+    met = {name.rpartition(".")[2] for r in results for name in r["linears"]}
+    shapes = {kind: shape for kind, shape in KINDS.items() if kind in met}
+    budget = uniform_budget(shapes, arguments.bits)
     print(f"\na whole model: {WHOLE} blocks, {arguments.bits} bits, {OUTER_ITERATIONS} iterations; seconds of a linear")
     print(f"{'shape':>13}  {'k':>5}  {'TFLOP':>6}  {'once':>6}  {'iteration':>9}  {'here':>7}  GPU (predicted)")
-    total, predicted = 0.0, 0.0
-    for shape in dict.fromkeys(SHAPES.values()):
-        names = [name for name, s in SHAPES.items() if s == shape]
-        k = budget[f"model.layers.0.{names[0]}"]
-        many, few = (mean_seconds(r["linears"], shape) for r in results)
-        iteration = (many - few) / (2 * arguments.iterations)
+    total = predicted = work = spent = 0.0
+    for shape in dict.fromkeys(shapes.values()):
+        names = [name for name, s in shapes.items() if s == shape]
+        k = budget[names[0]]
+        many, few = (mean_seconds(r["linears"], names) for r in results)
+        iteration = (many - few) / arguments.iterations
         once = few - arguments.iterations * iteration
-        here, gpu = once + OUTER_ITERATIONS * iteration, OUTER_ITERATIONS * gpu_seconds(*shape, k)
+        gpu_once, gpu_iteration = gpu_seconds(*shape, k)
+        here, gpu = once + OUTER_ITERATIONS * iteration, gpu_once + OUTER_ITERATIONS * gpu_iteration
         total += WHOLE * len(names) * here
         predicted += WHOLE * len(names) * gpu
+        work += len(names) * sum(flops(*shape, k))
+        spent += len(names) * iteration
         row = f"{sum(flops(*shape, k)) / 1e12:6.2f}  {once:6.1f}  {iteration:9.2f}  {here:7.0f}  {gpu:7.1f}"
         print(f"{shape[0]:>6}x{shape[1]:<6}  {k:5}  {row}   x {WHOLE * len(names)}")
     print(f"all linears: {total / 3600:.1f} h here; predicted {predicted / 60:.0f} min on a GPU of a 4090's class")
+    amounts = {"passages": recipe.block_tokens, "tuning": recipe.tune["tune_tokens"]}
+    per_token = {"passages": passage_flops(), "tuning": TUNING * sum(n_out * n_in for n_out, n_in in SHAPES.values())}
+    for stage, tokens in amounts.items():
+        flop = WHOLE * tokens * per_token[stage]
+        hours = f"{flop / (work / spent) / 3600:.0f} h at the iterations' {work / spent / 1e9:.0f} GFLOPS"
+        minutes = f"{flop / GPU_PRODUCTS / 60:.0f} min"
+        print(f"{stage}, {tokens:,} tokens, {flop / 1e15:.1f} PFLOP: {hours}; predicted {minutes}")
 
     peaks = [r["peak"] for r in results]
     good = max(peaks) <= LIMIT and max(peaks) <= (1 + SPREAD) * min(peaks)
@@ -242,10 +284,9 @@ def main() -> int:
     return 0 if good else 1
 
 
-def mean_seconds(linears: dict[str, float], shape: tuple[int, int]) -> float:
-    """Of the linears of a shape."""
-    kind = {(HIDDEN, HIDDEN): "attn_", (FEED_FORWARD, HIDDEN): "ffn_gate ffn_up", (HIDDEN, FEED_FORWARD): "ffn_down"}
-    found = [s for name, s in linears.items() if any(part in name for part in kind[shape].split())]
+def mean_seconds(linears: dict[str, float], kinds: list[str]) -> float:
+    """Of the linears of these kinds."""
+    found = [seconds for name, seconds in linears.items() if name.rpartition(".")[2] in kinds]
     return sum(found) / len(found)
 
 

@@ -40,7 +40,7 @@ CORRECTION_RIDGE = 1.0  # δ
 MEMORY_BYTES = 1 << 30  # of each stream, before it is kept in a file
 # the module whose input a linear's output is added to; None: the block's input
 RESIDUAL = {"o_proj": None, "down_proj": "post_attention_layernorm"}
-TOKEN_CAP = 10.0  # times the median energy of a token's input; a token above it counts as if it had that much
+TOKEN_CAP = 100.0  # times the median energy of a token's input; a token above it counts as if it had that much
 
 
 class _Reached(Exception):
@@ -129,7 +129,8 @@ class Streams:
     def token_weights(x: torch.Tensor) -> torch.Tensor:
         """Weights [tokens, 1] by which no token counts for more than TOKEN_CAP times the median one of x [tokens, n].
 
-        The first token and a few others are a thousand times as large as the rest in some layers.
+        A few tokens, the first above all, are up to a hundred thousand times as large as the rest where later blocks
+        attend to them. Without a bound H would be theirs alone; with a low one the factors would not make them.
         """
         energy = x.float().square().sum(dim=1, keepdim=True)
         return (TOKEN_CAP * energy.median() / energy.clamp_min(1e-20)).clamp_max(1).to(x.dtype)

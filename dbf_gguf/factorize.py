@@ -60,17 +60,17 @@ def product_dtype(device: torch.device) -> torch.dtype:
 
 
 class _Side:
-    """One factor during the iteration: the dual U and D = X − U, [batch, k, n], and X = row · vᵀ with the signs `unit`.
+    """One factor during the iteration: the dual U [batch, k, n], and X = row ⊙ `unit`, which is v with the signs of X.
 
     The large arrays are made once and written in place: fresh ones would cost more in page faults than the arithmetic.
+    At first `unit` is the start itself, and `row` 1.
     """
 
     def __init__(self, start: torch.Tensor, target: torch.Tensor):
         self.target = target  # [batch, d, n], what Fᵀ S has to match
-        self.d = start.contiguous().clone()
-        self.u = torch.zeros_like(self.d)
-        self.s, self.right = torch.empty_like(self.d), torch.empty_like(self.d)
-        self.unit = torch.empty_like(self.d)  # X with rows of unit length: v with the signs of X
+        self.unit = start.clone(memory_format=torch.contiguous_format)
+        self.u = torch.zeros_like(self.unit)
+        self.s, self.right = torch.empty_like(self.unit), torch.empty_like(self.unit)
         self.gram = start.new_empty(*start.shape[:2], start.shape[1])
         self.row = start.new_ones(*start.shape[:2], 1, dtype=torch.float32)  # [batch, k, 1]
         self.v = start.new_ones(start.shape[0], start.shape[2], 1, dtype=torch.float32)  # [batch, n, 1], norm 1
@@ -87,7 +87,7 @@ class _Side:
         gram.diagonal(dim1=1, dim2=2).add_(ridge + rho)
         root, _ = torch.linalg.cholesky_ex(gram)
         inverse = torch.cholesky_inverse(root).to(fixed.dtype)
-        self.right.add_(self.d, alpha=rho)
+        self.right.addcmul_(self.unit, self.row.to(self.unit.dtype), value=rho).sub_(self.u, alpha=rho)
         torch.bmm(inverse, self.right, out=self.s)
         self._project()
 
@@ -95,7 +95,8 @@ class _Side:
         """Moves this factor, whose columns the metric couples, against `fixed` [batch, k, d], rows of unit length."""
         gram, shift = torch.bmm(fixed, fixed.transpose(1, 2), out=self.gram), rho + ridge
         right = torch.bmm(fixed, metric.rotated, out=self.right)
-        right.add_(torch.matmul(self.d, metric.basis, out=self.s), alpha=rho)
+        difference = torch.mul(self.unit, self.row.to(self.unit.dtype), out=metric.direction).sub_(self.u)  # X − U
+        right.add_(torch.matmul(difference, metric.basis, out=self.s), alpha=rho)
         metric.solve(gram, right, shift, self.s)
         torch.matmul(metric.solution, metric.basis.T, out=self.s)
         self._project()
@@ -108,12 +109,9 @@ class _Side:
         row /= row.norm(dim=1, keepdim=True).clamp_min(TINY)
         v = (row.to(magnitude.dtype).transpose(1, 2) @ magnitude).float().transpose(1, 2)
         norm = v.norm(dim=1, keepdim=True).clamp_min(TINY)
-        self.v, row = v / norm, row * norm
-        self.row = row
-        low_row = row.to(self.u.dtype)
+        self.v, self.row = v / norm, row * norm
         torch.copysign(self.v.to(self.u.dtype).transpose(1, 2).expand_as(self.u), self.u, out=self.unit)
-        torch.addcmul(self.u, self.unit, low_row, value=-1, out=self.u)
-        torch.mul(self.unit, low_row, out=self.d).sub_(self.u)
+        self.u.addcmul_(self.unit, self.row.to(self.u.dtype), value=-1)
 
 
 class InputMoment:
@@ -224,6 +222,7 @@ def factorize(
     side_a = _Side(start_a.expand(batch, -1, -1), low.transpose(1, 2).contiguous())
     side_b = _Side(start_b.expand(batch, -1, -1), low)
     fixed = (start_b.float() / start_b.float().norm(dim=1, keepdim=True)).to(dtype).expand(batch, -1, -1)
+    del start_a, start_b  # large
     for t in range(iterations):
         done = min(1.0, t / max(1, iterations - 3))
         rho, ridge = _anneal(RHO, done), _anneal(RIDGE if metric is None else METRIC_RIDGE, done)
@@ -244,7 +243,7 @@ def factorize(
     signs_a = torch.where(side_a.unit < 0, -1, 1).to(torch.int8).transpose(1, 2)  # [batch, n_out, k]
     signs_b = torch.where(side_b.unit < 0, -1, 1).to(torch.int8)  # [batch, k, n_in]
     vectors = side_a.v[..., 0], side_b.v[..., 0]  # [batch, n_out], [batch, n_in]
-    del side_a, side_b, metric, low, fixed, start_a, start_b  # large
+    del side_a, side_b, metric, low, fixed
     factors, errors = [], []
     metric = None if moment is None else moment.metric
     for j in range(batch):
