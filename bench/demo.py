@@ -46,7 +46,8 @@ def demo() -> bool:
     # The least that gives a usable model, in 20 minutes: `convert` without these options takes more, and is better. Few
     # windows for convert's own figure, since llama-perplexity measures the same below. Separate linears, as in the runs
     # whose figures README.md has.
-    options = ["--bits", BITS, "--join", "none", "--blocks", "none", "--iterations", "80", "--tune", "scales"]
+    options = ["--bits", BITS, "--join", "none", "--blocks", "none", "--budget", "uniform"]
+    options += ["--iterations", "80", "--tune", "scales"]
     limits = ["--tune-tokens", "147456", "--tune-minutes", "12", "--eval-windows", "16"]
     dbf_gguf("convert", MODEL, *options, *limits, "--work", FOLDER / "work", "-o", DBF)
 

@@ -162,7 +162,7 @@ def convert(folder: Path, text: Path, bits: float, iterations: int, more: list[s
     output, work = folder.with_suffix(".gguf"), folder.with_name(f"{folder.name}-work")
     shutil.rmtree(work, ignore_errors=True)
     command = [sys.executable, "-m", "dbf_gguf", "convert", folder, "-o", output, "--work", work, "--calib", text]
-    command += ["--tune", "none", "--bits", bits, "--iterations", iterations, "--device", "cpu"]
+    command += ["--tune", "none", "--budget", "uniform", "--bits", bits, "--iterations", iterations, "--device", "cpu"]
     command += ["--calib-sequences", 4, "--seq-len", 256, "--eval-windows", 2, *more]
     print("$", " ".join(map(str, command)), flush=True)
     begin = time.monotonic()

@@ -29,12 +29,17 @@ def cross_entropy(hidden: torch.Tensor, head: torch.Tensor, targets: torch.Tenso
     return total, torch.cat(grads) if gradient else None
 
 
+def log_probabilities(hidden: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
+    """Of every token of the vocabulary after hidden [n, d], float32 [n, vocabulary]."""
+    return torch.log_softmax((hidden @ head.T).float(), dim=1)
+
+
 def kl_divergence(student: torch.Tensor, teacher: torch.Tensor, head: torch.Tensor, gradient: bool = True):
     """Sum over tokens of KL(teacher ‖ student), from hidden states [n, d]; and its gradient for `student` or None."""
     total, grads = 0.0, []
     for s, t in zip(student.split(PIECE), teacher.split(PIECE), strict=True):
-        log_q = torch.log_softmax((s @ head.T).float(), dim=1)
-        log_p = torch.log_softmax((t @ head.T).float(), dim=1)
+        log_q = log_probabilities(s, head)
+        log_p = log_probabilities(t, head)
         p = log_p.exp()
         total += torch.dot(p.flatten(), log_p.sub_(log_q).flatten()).item()
         if gradient:

@@ -48,7 +48,7 @@ from .threads import side_by_side
 EVALUATION_LENGTH = 512  # tokens in an evaluation window
 CHARACTERS_PER_TOKEN = 6  # an upper bound on English text, for how much of a hub dataset is streamed
 WINDOWS = "windows.safetensors"
-BUDGET = "budget.json"
+BUDGET, EFFECTS = "budget.json", "effects"
 MINUTES_POOL = 2_000_000  # tokens to tune on, when the bound is minutes
 FINGERPRINT_SAMPLES, FINGERPRINT_BYTES = 64, 1 << 16
 SIDE_BY_SIDE_BYTES = 3 << 30  # for all linears that are factorized at a time on a CPU
@@ -354,10 +354,8 @@ class Job:
 
     def _read_curves(self, path: Path) -> dict:
         curves = sensitivity.read(path, self.weights)
-        if curves.keys() - self.shapes.keys():
-            raise DBFError(f"{path} was measured with another --join: --budget adaptive measures with this one")
         if curves.keys() != self.shapes.keys():
-            raise DBFError(f"{path} is not finished: go on with the convert that measures it, or --budget adaptive")
+            raise DBFError(f"{path} was measured with another --join: --budget adaptive measures with this one")
         return curves
 
     def allocate(self) -> None:
@@ -370,6 +368,7 @@ class Job:
         self.budget = adaptive_budget(self.shapes, s.bits, self.curves)
         if parallel.is_main():
             sensitivity.write(work.path / BUDGET, self.weights, self.curves, bits=s.bits, k=self.budget)
+        sensitivity.clean(work.path / EFFECTS)
         work.manifest["budget"] = self.budget
         work.save()
         each = [bits_per_weight(self.shapes, {name: k}) for name, k in self.budget.items()]
@@ -379,32 +378,24 @@ class Job:
     def _measure_effects(self) -> None:
         path = self.work.path / BUDGET
         self.curves = parallel.from_main(lambda: sensitivity.read(path, self.weights) if path.exists() else {})
-        if len(self.curves) == len(self.shapes):
+        if self.curves:
             self.screen.line("budget: measured before")
             return
         widest = uniform_budget(self.shapes, max(sensitivity.CURVE_BITS))
-        with self.screen.progress("effects", len(self.shapes), len(self.curves)) as update:
-
-            def record(name: str, curve) -> None:
-                self.curves[name] = curve
-                if parallel.is_main():
-                    sensitivity.write(path, self.weights, self.curves)
-                update(len(self.curves))
-
-            own = parallel.share([name for name in self.shapes if name not in self.curves])
-            sensitivity.measure(
+        begin = time.monotonic()
+        with self.screen.progress("effects", len(self.shapes)) as update:
+            self.curves = sensitivity.measure(
                 self.block_model(),
+                self.shapes,
                 self.windows["calibration"].long(),
                 self.work.read_tensors("importance.safetensors"),
-                self.work.path,
+                self.work.path / EFFECTS,
                 metric=self.settings.blocks != "none" and self.settings.importance,
-                known=self.shapes.keys() - set(own),
                 workers=self._workers("measuring_workers", widest),
                 seed=self.settings.seed,
-                record=record,
+                report=update,
             )
-            for curves in parallel.gather(self.curves):
-                self.curves |= curves
+        self.screen.line(f"effects: {len(self.curves)} linears, {time.monotonic() - begin:.0f} s")
 
     def _workers(self, key: str = "workers", widths: dict[str, int] | None = None) -> int:
         """How many linears are at work at a time. The last bits depend on it, so the manifest keeps it under `key`."""

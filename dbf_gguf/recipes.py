@@ -98,8 +98,8 @@ class Effort:
 
 EFFORTS = {
     "fast": Effort(blocks="fit", budget="uniform", iterations=0.5, block_tokens=0.5, tune_tokens=0.25),
-    "normal": Effort(blocks="fit", budget="uniform", iterations=1.0, block_tokens=1.0, tune_tokens=1.0),
-    "max": Effort(blocks="signs", budget="uniform", iterations=2.0, block_tokens=2.0, tune_tokens=2.0),
+    "normal": Effort(blocks="fit", budget="adaptive", iterations=1.0, block_tokens=1.0, tune_tokens=1.0),
+    "max": Effort(blocks="signs", budget="adaptive", iterations=2.0, block_tokens=2.0, tune_tokens=2.0),
 }
 
 # A model without a recipe: modest needs, nothing that only some models can do

@@ -17,82 +17,87 @@ few bits and before tuning the latter predicts next to nothing, in which the dif
 
 The metric matters: joint gate and up of SmolLM2's first block have an effect of 1.27 without it and 0.15 with it.
 Measured without, they would take bits from all others that the block-by-block compression does not need there.
+
+One block is in memory at a time. For each linear the hidden states behind its block, the one that it has changed, are
+kept, and all of them go through the next block before it is let go; at the end they are compared with the dense ones.
+The factors are stored meanwhile, so that a resumed run makes none of them twice. Of several processes each measures a
+share of the linears, and takes a share of the windows through the model for the second moments.
 """
 
-import copy
 import json
 import math
+import shutil
 import threading
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from concurrent.futures import as_completed
 from pathlib import Path
 
 import torch
 from torch import nn
 
+from . import parallel
 from .blocks import Activations, BlockModel, block_prefix, linears, replace
 from .blockwise import MEMORY_BYTES, Streams, groups, tapped
 from .budget import Curve, uniform_budget
-from .checkpoint import write_atomically
+from .checkpoint import WorkFolder, write_atomically
 from .errors import DBFError
 from .factorize import InputMoment, factorize
-from .factors import BLOCK
-from .loss import kl_divergence
+from .factors import BLOCK, Factors
+from .loss import log_probabilities
 from .threads import in_order, side_by_side
 
 CURVE_BITS = (1.0, 2.0)  # the effect is measured at the second
 FALL = 0.45  # effect(k₁) / effect(k₀)
 ITERATIONS = 8  # enough to compare linears
 TOKENS, LENGTH = 1024, 256  # of calibration text for the KL, in windows of at most LENGTH
+STATE_BYTES = 1 << 28  # of the hidden states behind all changed blocks, before they are kept in a file
 LEAST_EFFECT = 1e-9  # below it the KL is rounding
 FORMAT = 1
 
 
 def measure(
     model: BlockModel,
+    shapes: dict[str, tuple[int, int]],
     windows: torch.Tensor,
     importance: dict[str, torch.Tensor],
     folder: Path,
     *,
     metric: bool,
-    known: Collection[str],
     workers: int,
     seed: int,
-    record: Callable[[str, Curve], None],
-) -> None:
-    """Measures every block linear of the dense `model` that is not in `known`, and tells `record` each curve.
+    report: Callable[[int], None] = lambda done: None,
+) -> dict[str, Curve]:
+    """The curve of every block linear of the dense `model`.
 
+    shapes      (n_out, n_in) of the linears, in the model's order
     windows     calibration windows [count, length], token ids
     importance  that of `importance.measure`
-    folder      where activations are kept, should they be too large for memory
+    folder      where factors, and activations too large for memory, are kept until `clean`; a run with the same
+                arguments goes on with what it finds there
     metric      factorize with the second moment of the inputs
-    workers     how many linears at a time; `record` is called by one thread alone
+    workers     how many linears at a time
+    report      gets the number of linears that are factorized
 
-    Memory: the model, and for each worker what factorizing one linear takes. Raises DBFError for weights that cannot be
+    Memory: one block, and for each worker what factorizing one linear takes. Raises DBFError for weights that cannot be
     factorized.
     """
-    blocks = [model.block(index) for index in range(len(model))]
-    shapes = {n: tuple(m.weight.shape) for i, block in enumerate(blocks) for n, m in linears(i, block).items()}
+    done = _open(folder)
     low, high = (uniform_budget(shapes, bits) for bits in CURVE_BITS)
-    stream = _Stream(model, windows, folder) if metric else None
+    widths = {name: (low[name], max(low[name] + BLOCK, high[name])) for name in shapes}
     short = windows[: math.ceil(TOKENS / min(LENGTH, windows.shape[1])), :LENGTH]
     hidden = model.embed(short)  # before the current block
-    head = model.head
+    stream = _Stream(model, windows, folder) if metric else None
+    model.release()
+    own = parallel.share(list(shapes))
+    states = Activations(len(own) * len(short), *hidden.shape[1:], model.dtype, folder, STATE_BYTES)
+    places = {name: slice(i * len(short), (i + 1) * len(short)) for i, name in enumerate(own)}
 
-    @torch.no_grad()
-    def final(index: int, hidden: torch.Tensor) -> torch.Tensor:
-        """What the head is multiplied with, [tokens, d], for hidden states before dense block `index`."""
-        for i, block in enumerate(blocks[index:], index):
-            hidden = model.run(i, block, hidden)
-        return model.norm(hidden).flatten(0, 1)
-
-    def curve(index: int, name: str, moment: InputMoment | None) -> Curve:
-        weight = linears(index, blocks[index])[name].weight.detach()
-        widths = low[name], max(low[name] + BLOCK, high[name])
+    def factors(index: int, name: str, moment: InputMoment | None) -> Factors:
+        weight = linears(index, model.block(index))[name].weight  # the rest of the block is let go
         try:
-            (factors,), _ = factorize(
+            (found,), _ = factorize(
                 weight[None],
-                widths[1],
+                widths[name][1],
                 importance_in=importance[f"{name}.input"][None],
                 importance_out=importance[f"{name}.output"][None],
                 moment=moment,
@@ -101,33 +106,92 @@ def measure(
             )
         except (ValueError, torch.linalg.LinAlgError) as problem:
             raise DBFError(f"{name}: {problem}") from None
-        changed = _copy(blocks[index])
-        replace(index, changed, name, factors, model.dtype)
-        with torch.no_grad():
-            after = model.run(index, changed, hidden)
-        total, _ = kl_divergence(final(index + 1, after), reference, head, gradient=False)
-        effect = max(total / short.numel(), LEAST_EFFECT)
-        return (widths[0], effect / FALL), (widths[1], effect)
+        return found
 
-    with side_by_side(workers) as pool:
-        reference = pool.submit(final, 0, hidden).result()
-    for index, block in enumerate(blocks):
-        wanted = [name for name in linears(index, block) if name not in known]
-        order = groups(model, index, block, hidden[:1]) if wanted else []
-        moments = stream.advance(index, block, order) if stream else {}
+    @torch.no_grad()
+    def begin(index: int, name: str) -> None:
+        block = model.block(index)
+        replace(index, block, name, done.factors(name), model.dtype)
+        states.write(places[name], model.run(index, block, hidden))
+
+    @torch.no_grad()
+    def advance(index: int, block: nn.Module, name: str) -> None:
+        states.write(places[name], model.run(index, block, states.read(places[name])))
+
+    passages = model.workers(short.shape[1] * len(short), backward=False)
+    begun: list[str] = []
+    for index in range(len(model)):
+        here = [name for name in shapes if name.startswith(block_prefix(index))]
+        block = model.block(index)
+        new = [name for name in here if name not in done.manifest["linears"]]  # the same in all processes
+        moments = stream.advance(index, block, groups(model, index, block, hidden[:1]) if new else []) if stream else {}
+        del block
         with side_by_side(workers) as pool:
-            waiting = {pool.submit(curve, index, name, moments.get(name)): name for name in wanted}
+            waiting = {pool.submit(factors, index, n, moments.get(n)): n for n in new if n in places}
+            del moments
             for future in as_completed(waiting):
-                record(waiting[future], future.result())
-        with torch.no_grad():
-            hidden = model.run(index, block, hidden)
+                name = waiting.pop(future)
+                done.write_linear(name, future.result(), {"k": widths[name][1]})
+                report(len(done.manifest["linears"]))
+        if new:
+            for others in parallel.gather(done.manifest["linears"]):
+                done.manifest["linears"] |= others
+            done.save()
+        block, mine = model.block(index), [name for name in here if name in places]
+        with side_by_side(passages) as pool:
+            list(pool.map(lambda name, block=block, index=index: advance(index, block, name), begun))
+            list(pool.map(lambda name, index=index: begin(index, name), mine))
+            hidden = pool.submit(torch.no_grad()(model.run), index, block, hidden).result()
+        begun += mine
+
+    effects = _effects(model, hidden, states, places, passages)
+    for others in parallel.gather(effects):
+        effects |= others
+    return {name: ((k_0, effects[name] / FALL), (k_1, effects[name])) for name, (k_0, k_1) in widths.items()}
+
+
+def clean(folder: Path) -> None:
+    """Removes what `measure` has left in `folder`, once its result is stored."""
+    parallel.wait()
+    if parallel.is_main():
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _open(folder: Path) -> WorkFolder:
+    if parallel.is_main() and not (folder / "manifest.json").exists():
+        WorkFolder.create(folder)
+    parallel.wait()
+    return WorkFolder.open(folder)
+
+
+@torch.no_grad()
+def _effects(
+    model: BlockModel, hidden: torch.Tensor, states: Activations, places: dict[str, slice], workers: int
+) -> dict[str, float]:
+    """KL per token of the states at `places` against the dense ones [count, length, d], all behind the last block."""
+    norm, head = model.norm, model.head
+    totals = dict.fromkeys(places, 0.0)
+    with side_by_side(workers) as pool:
+        for number, window in enumerate(hidden):
+            log_p = log_probabilities(norm(window), head)
+            p = log_p.exp()
+
+            @torch.no_grad()
+            def one(place: slice, number: int = number, log_p: torch.Tensor = log_p, p: torch.Tensor = p) -> float:
+                state = states.read(place.start + number).to(head.device)
+                return torch.sum(p * (log_p - log_probabilities(norm(state), head))).item()
+
+            for name, kl in zip(places, pool.map(one, places.values()), strict=True):
+                totals[name] += kl
+    return {name: max(total / hidden[..., 0].numel(), LEAST_EFFECT) for name, total in totals.items()}
 
 
 class _Stream:
-    """The dense hidden states of windows [count, length] of token ids before the current block."""
+    """Dense hidden states before the current block, of this process' share of windows [count, length] of token ids."""
 
     def __init__(self, model: BlockModel, windows: torch.Tensor, folder: Path):
         self.model, self.tokens = model, windows.numel()
+        windows = parallel.share(windows)
         self.workers = model.workers(windows.shape[1], backward=False)
         self.states = Activations(*windows.shape, model.config.hidden_size, model.dtype, folder, MEMORY_BYTES)
         for number, window in enumerate(windows):
@@ -136,6 +200,8 @@ class _Stream:
     def advance(self, index: int, block: nn.Module, order: list[list[str]]) -> dict[str, InputMoment]:
         """Takes the states through block `index`; what the linears in the groups of `order` have met on the way."""
         local, first = threading.local(), [group[0].removeprefix(block_prefix(index)) for group in order]
+        widths = [block.get_submodule(name).weight.shape[1] for name in first]
+        sums = [torch.zeros(n, n, device=self.model.device) for n in widths]
 
         @torch.no_grad()
         def one(number: int) -> list[torch.Tensor]:
@@ -144,19 +210,12 @@ class _Stream:
             self.states.write(place, self.model.run(index, block, self.states.read(place)))
             return [local.seen[name].flatten(0, 1) for name in first]
 
-        sums: list[torch.Tensor] = []
         with tapped((block,), first, local), side_by_side(self.workers) as pool:
             for inputs in in_order(pool, one, range(len(self.states)), 2 * self.workers):
-                sums = sums or [torch.zeros(x.shape[1], x.shape[1], device=x.device) for x in inputs]
                 for total, x in zip(sums, inputs, strict=True):
                     total += x.T @ (x * Streams.token_weights(x))
-        found = [InputMoment(total.div_(self.tokens)) for total in sums]
+        found = [InputMoment(parallel.total(total).div_(self.tokens)) for total in sums]
         return {name: moment for group, moment in zip(order, found, strict=True) for name in group}
-
-
-def _copy(block: nn.Module) -> nn.Module:
-    """A block of its own, of the same tensors."""
-    return copy.deepcopy(block, {id(tensor): tensor for tensor in (*block.parameters(), *block.buffers())})
 
 
 def write(path: Path, weights: str, curves: dict[str, Curve], **allocation) -> None:

@@ -31,7 +31,8 @@ from dbf_gguf.source import ModelSource, resolve
 from dbf_gguf.verify import check_format, check_work
 
 JOINED = "--bits 2 --calib-sequences 4 --seq-len 64 --iterations 12 --block-tokens 2048 --tune-tokens 15360"
-JOINED = [*JOINED.split(), "--tune-lr", "5e-3", "--threads", "2", "--device", "cpu", "--eval-windows", "0"]
+JOINED += " --budget uniform --tune-lr 5e-3 --threads 2 --device cpu --eval-windows 0"
+JOINED = JOINED.split()
 OPTIONS = [*JOINED, "--join", "none"]  # the linears by themselves
 LINEAR = re.compile(r"blk\.\d+\.\w+ +k=\d+ +\d\.\d\d bits  err 0\.\d{4}  \d+\.\d s")
 
@@ -612,24 +613,24 @@ def test_adaptive_budget(model, text, tmp_path, monkeypatch, capsys, patched_tre
     assert ks == budget.adaptive_budget(shapes, 3.0, curves)
     assert ks != budget.uniform_budget(shapes, 3.0)
 
+    assert not (whole.path / "effects").exists()
+
     # interrupted while it measures
     with monkeypatch.context() as patch:
-        write, calls = pipeline.sensitivity.write, []
+        calls, factorize = [], pipeline.sensitivity.factorize
 
         def stop_at_fifth(*given, **more):
-            write(*given, **more)
             calls.append(given)
             if len(calls) == 5:
                 raise KeyboardInterrupt
+            return factorize(*given, **more)
 
-        patch.setattr(pipeline.sensitivity, "write", stop_at_fifth)
+        patch.setattr(pipeline.sensitivity, "factorize", stop_at_fifth)
         with pytest.raises(SystemExit):
             convert_here(patch, capsys, *arguments, "killed.gguf")
         assert "interrupted" in capsys.readouterr().err
-    part = json.loads((tmp_path / "killed-work" / "budget.json").read_text())["curves"]
-    assert len(part) == 5 and part.items() <= stored["curves"].items()
-    other = ["--calib", text, "--bits", "2.5", "--budget", tmp_path / "killed-work" / "budget.json", "-o", "no.gguf"]
-    assert "is not finished" in fails(monkeypatch, capsys, "convert", model, *other)
+    assert WorkFolder.open(tmp_path / "killed-work" / "effects").linears()
+    assert not (tmp_path / "killed-work" / "budget.json").exists()
     convert_here(monkeypatch, capsys, *arguments, "killed.gguf", "--resume")
     with GGUFFile(tmp_path / "whole.gguf") as one, GGUFFile(tmp_path / "killed.gguf") as two:
         assert all(bytes(one.raw(name)) == bytes(two.raw(name)) for name in one.tensors)

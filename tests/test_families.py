@@ -91,6 +91,7 @@ TUNE = ["--tune", "scales", "--tune-tokens", "10240"]
 BOUND = 1e-2  # nats; the largest difference measured is 4e-3
 FILES = "--embedding-type f32 --output-type f32"
 OPTIONS = "--bits 3 --calib-sequences 4 --seq-len 64 --iterations 5 --threads 1 --device cpu --eval-windows 0"
+OPTIONS += " --budget uniform"
 
 
 @pytest.fixture(scope="module")

@@ -1243,14 +1243,16 @@ def importance_of(model, windows) -> dict[str, torch.Tensor]:
         return importance.measure(BlockModel(folder), windows, Path(folder))
 
 
-def measured(model, windows, workers: int = 1, known=(), metric: bool = False, tensors: dict | None = None) -> dict:
-    curves = {}
+def measured(
+    model, windows, workers: int = 1, metric: bool = False, tensors: dict | None = None, work: Path | None = None
+) -> dict:
+    shapes = {name: tuple(linear.weight.shape) for name, linear in block_linears(model).items()}
     tensors = tensors or importance_of(model, windows)
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
-        options = {"metric": metric, "known": known, "workers": workers, "seed": 0, "record": curves.__setitem__}
-        sensitivity.measure(BlockModel(folder), windows, tensors, Path(folder), **options)
-    return curves
+        options = {"metric": metric, "workers": workers, "seed": 0}
+        work = work or Path(folder) / "effects"
+        return sensitivity.measure(BlockModel(folder), shapes, windows, tensors, work, **options)
 
 
 def second_moment(model, name: str, windows) -> torch.Tensor:
@@ -1286,12 +1288,35 @@ def test_effect_is_the_kl_of_one_compressed_linear(kind, metric):
         assert effect_1 == pytest.approx(sensitivity.FALL * effect_0)
 
 
-def test_effects_of_several_workers_and_of_the_rest():
+def test_effects_of_several_workers_and_of_an_interrupted_run(tmp_path, monkeypatch):
+    model, windows = tiny("llama-tied"), ids(4, 50)
+    curves = measured(model, windows, metric=True)
+    assert list(curves) == list(block_linears(model))
+    assert measured(model, windows, workers=3, metric=True) == curves
+
+    made, work = [], tmp_path / "effects"
+
+    def stop_at_ninth(*given, **more):
+        made.append(given)
+        if len(made) == 9:
+            raise KeyboardInterrupt
+        return factorize(*given, **more)
+
+    monkeypatch.setattr(sensitivity, "factorize", stop_at_ninth)
+    with pytest.raises(KeyboardInterrupt):
+        measured(model, windows, metric=True, work=work)
+    assert measured(model, windows, metric=True, work=work) == curves
+    assert len(made) <= len(curves) + 2  # twice only the ninth, and perhaps one that was not yet stored
+    assert work.exists()
+    sensitivity.clean(work)
+    assert not work.exists()
+
+
+def test_states_beyond_memory_are_kept_in_a_file(monkeypatch):
     model, windows = tiny("llama-tied"), ids(4, 50)
     curves = measured(model, windows)
-    assert measured(model, windows, workers=3) == curves
-    known = list(curves)[3:]
-    assert list(measured(model, windows, known=known)) == list(curves)[:3]
+    monkeypatch.setattr(sensitivity, "STATE_BYTES", 0)
+    assert measured(model, windows) == curves
 
 
 def test_a_linear_without_effect_has_a_curve():
