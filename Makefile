@@ -51,7 +51,8 @@ check-tools:
 	fi
 
 # `.unfinished` stands while pip works. If it is found at the start, that setup was cut off in the middle, and what lies
-# there is not trusted. (pip keeps what it downloaded, so starting anew is cheap.)
+# there is not trusted. (pip keeps what it downloaded, so starting anew is cheap.) Compiled by all cores at once, and in any
+# case: where PYTHONDONTWRITEBYTECODE is set, as in many containers, every process would compile torch anew, for seconds.
 setup: check-tools
 	@if $(IS_READY); then exit 0; fi; set -e; \
 	if [ -e $(VENV)/.unfinished ] || { [ -e $(VENV) ] && ! $(PY) -m pip --version >/dev/null 2>&1; }; then \
@@ -63,6 +64,7 @@ setup: check-tools
 	$(PY) -m pip install --quiet --no-compile --disable-pip-version-check $(TORCH); \
 	echo "installing dbf-gguf and what it needs"; \
 	$(PY) -m pip install --quiet --no-compile --disable-pip-version-check -e '.[test]'; \
+	$(PY) -m compileall -qq -j 0 $(VENV)/lib >/dev/null 2>&1 || true; \
 	touch $(READY); rm -f $(VENV)/.unfinished
 
 clean:

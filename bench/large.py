@@ -7,7 +7,8 @@ Writes checkpoints of the shape of Llama-2-7B (hidden 4096, feed-forward 11008, 
 their results), converts both with `--tune none` in processes of their own, and says how much memory these took and how
 long a linear took. Ends with status 1 when a conversion fails, when one takes more than 6 GB (10^9 bytes), or when the
 two differ by more than 10 %. Linux only: memory is read from /proc. Options that it does not know go to `convert`:
---block-tokens 2048 where time matters, --join none for the matrices of the paper.
+--block-tokens 2048 where time matters, --join none for the matrices of the paper. The result of a conversion is kept in
+FOLDER, so an interrupted run repeats no more than one.
 
 Memory: resident set size of the process and its children together, twenty times a second, and their own high-water
 marks; the pages of mapped files count. Time: the first checkpoint is converted with twice the iterations of the second,
@@ -154,19 +155,26 @@ class Memory(threading.Thread):
             time.sleep(0.05)
 
 
-def convert(folder: Path, text: Path, bits: float, iterations: int, more: list[str]) -> dict:
+def convert(folder: Path, blocks: int, text: Path, bits: float, iterations: int, more: list[str]) -> dict:
     """Converts one checkpoint; {"peak", "anonymous", "stage", "seconds", "linears": {"blk.0.ffn_up": seconds}}.
 
-    Linears may be factorized side by side: what each took is scaled so that all add up to the time that passed.
+    The result is stored beside it, and taken from there when the same is wanted again. Linears may be factorized side
+    by side: what each took is scaled so that all add up to the time that passed.
     """
-    output, work = folder.with_suffix(".gguf"), folder.with_name(f"{folder.name}-work")
-    shutil.rmtree(work, ignore_errors=True)
+    output, stored = folder.with_suffix(".gguf"), folder.with_suffix(".json")
+    work = folder.with_name(f"{folder.name}-work")
     command = [sys.executable, "-m", "dbf_gguf", "convert", folder, "-o", output, "--work", work, "--calib", text]
     command += ["--tune", "none", "--budget", "uniform", "--bits", bits, "--iterations", iterations, "--device", "cpu"]
     command += ["--calib-sequences", 4, "--seq-len", 256, "--eval-windows", 2, *more]
-    print("$", " ".join(map(str, command)), flush=True)
+    command = list(map(str, command))
+    print("$", " ".join(command), flush=True)
+    if stored.exists() and (before := json.loads(stored.read_text()))["command"] == command:
+        print(f"  measured before: {stored} (delete it to measure again)")
+        return before["result"]
+    shutil.rmtree(work, ignore_errors=True)
+    write_checkpoint(folder, blocks)
     begin = time.monotonic()
-    process = subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     memory = Memory(process.pid)
     memory.start()
     linears, first = {}, begin
@@ -184,7 +192,9 @@ def convert(folder: Path, text: Path, bits: float, iterations: int, more: list[s
     side_by_side = sum(linears.values()) / (last - first)
     linears = {name: seconds / side_by_side for name, seconds in linears.items()}
     result = {"peak": memory.peak, "anonymous": memory.anonymous, "stage": memory.stage}
-    return result | {"linears": linears, "seconds": time.monotonic() - begin}
+    result |= {"linears": linears, "seconds": time.monotonic() - begin}
+    stored.write_text(json.dumps({"command": command, "result": result}, indent=1))
+    return result
 
 
 def flops(n_out: int, n_in: int, k: int) -> tuple[float, float]:
@@ -233,16 +243,16 @@ def main() -> int:
 
     recipe = recipes.load("llama2-7b")
     text = arguments.folder / "text.txt"
+    arguments.folder.mkdir(parents=True, exist_ok=True)
+    text.write_text("".join(random.Random(0).choices(SENTENCE.split(" "), k=4000)))
     results = []
     for blocks, iterations in zip(arguments.blocks, (2 * arguments.iterations, arguments.iterations), strict=True):
         folder = arguments.folder / f"{blocks}-blocks"
-        write_checkpoint(folder, blocks)
-        text.write_text("".join(random.Random(0).choices(SENTENCE.split(" "), k=4000)))
-        results.append(convert(folder, text, arguments.bits, iterations, more))
+        results.append(convert(folder, blocks, text, arguments.bits, iterations, more))
         if not arguments.keep:
             for path in (folder, folder.with_name(f"{folder.name}-work")):
-                shutil.rmtree(path)
-            folder.with_suffix(".gguf").unlink()
+                shutil.rmtree(path, ignore_errors=True)
+            folder.with_suffix(".gguf").unlink(missing_ok=True)
 
     print(f"\n{'blocks':>6}  {'peak, GB':>8}  {'anonymous':>9}  {'minutes':>7}  at the peak, after the line")
     for blocks, r in zip(arguments.blocks, results, strict=True):

@@ -62,11 +62,11 @@ def adaptive_budget(shapes: Mapping[str, tuple[int, int]], bits: float, curves: 
 
     curves  name -> ((k, effect), (k, effect)), two widths and the effect at them
 
-    All together cost at most what `uniform_budget` costs, and less than one step of the cheapest linear below that.
-    Every k is a multiple of 32, at least 32, and at least what FLOOR of the bits comes to. Raises as `uniform_budget`.
+    All together cost what `bits` come to, but for half a step of 32 channels of the cheapest linear. Every k is a
+    multiple of 32, at least 32, and at least what FLOOR of the bits comes to. Raises as `uniform_budget`.
     """
     even = uniform_budget(shapes, bits)
-    left = sum(linear_bits(*shapes[name], k) for name, k in even.items())
+    left = bits * sum(n_out * n_in for n_out, n_in in shapes.values())
     result, steps = {}, []
     for name, (n_out, n_in) in shapes.items():
         fixed, per_channel = linear_bits(n_out, n_in, 0), n_out + n_in + SCALE_BITS
@@ -82,6 +82,10 @@ def adaptive_budget(shapes: Mapping[str, tuple[int, int]], bits: float, curves: 
             left -= BLOCK * per_channel
             result[name] += BLOCK
             heapq.heappush(steps, (-_gain(curves[name], result[name]) / per_channel, name))
+    cheapest = min(map(sum, shapes.values()))
+    if 2 * left >= BLOCK * (cheapest + SCALE_BITS):  # one step more comes nearer
+        equal = [name for name, shape in shapes.items() if sum(shape) == cheapest]
+        result[max(equal, key=lambda name: _gain(curves[name], result[name]))] += BLOCK
     return result
 
 

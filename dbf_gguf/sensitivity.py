@@ -124,6 +124,7 @@ def measure(
         here = [name for name in shapes if name.startswith(block_prefix(index))]
         block = model.block(index)
         new = [name for name in here if name not in done.manifest["linears"]]  # the same in all processes
+        new.sort(key=lambda name: -shapes[name][1])  # a second moment is freed with its linear: the largest first
         moments = stream.advance(index, block, groups(model, index, block, hidden[:1]) if new else []) if stream else {}
         del block
         with side_by_side(workers) as pool:

@@ -547,7 +547,8 @@ def test_without_tuning_and_with_perplexities(model, text, tmp_path, monkeypatch
 
 def convert_here(monkeypatch, capsys, *arguments) -> str:
     """Runs `convert` in this process, quickly and without tuning; what it prints."""
-    quick = "--calib-sequences 4 --seq-len 64 --iterations 3 --tune none --threads 1 --device cpu --eval-windows 0"
+    quick = "--calib-sequences 4 --seq-len 64 --iterations 3 --block-tokens 2048 --tune none --threads 1 --device cpu"
+    quick += " --eval-windows 0"
     monkeypatch.setattr(sys, "argv", ["dbf-gguf", "convert", *map(str, arguments), *quick.split()])
     cli.main()
     return capsys.readouterr().out
