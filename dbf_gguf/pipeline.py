@@ -378,7 +378,7 @@ class Job:
     def _measure_effects(self) -> None:
         path = self.work.path / BUDGET
         self.curves = parallel.from_main(lambda: sensitivity.read(path, self.weights) if path.exists() else {})
-        if self.curves:
+        if self.curves.keys() == self.shapes.keys():
             self.screen.line("budget: measured before")
             return
         widest = uniform_budget(self.shapes, max(sensitivity.CURVE_BITS))
