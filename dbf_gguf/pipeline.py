@@ -493,7 +493,8 @@ class Job:
         """[(name, factors, error, seconds)] of one unit; weight(name) is [n_out, n_in]."""
         begin = time.monotonic()
         device = self.settings.device
-        weights = torch.stack([weight(name).to(device) for name in names])
+        weights = [weight(name).to(device) for name in names]
+        weights = weights[0][None] if len(weights) == 1 else torch.stack(weights)  # which would copy a single one
         try:
             factors, errors = factorize(
                 weights,
