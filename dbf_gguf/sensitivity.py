@@ -179,8 +179,8 @@ def _effects(
 
             @torch.no_grad()
             def one(place: slice, number: int = number, log_p: torch.Tensor = log_p, p: torch.Tensor = p) -> float:
-                state = states.read(place.start + number).to(head.device)
-                return torch.sum(p * (log_p - log_probabilities(norm(state), head))).item()
+                log_q = log_probabilities(norm(states.read(place.start + number).to(head.device)), head)
+                return torch.dot(p.flatten(), log_q.neg_().add_(log_p).flatten()).item()
 
             for name, kl in zip(places, pool.map(one, places.values()), strict=True):
                 totals[name] += kl
