@@ -30,6 +30,7 @@ import shutil
 import threading
 from collections.abc import Callable
 from concurrent.futures import as_completed
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -142,8 +143,8 @@ def measure(
             done.save()
         block, mine = model.block(index), [name for name in here if name in places]
         with side_by_side(passages) as pool:
-            list(pool.map(lambda name, block=block, index=index: advance(index, block, name), begun))
-            list(pool.map(lambda name, index=index: begin(index, name), mine))
+            list(pool.map(partial(advance, index, block), begun))
+            list(pool.map(partial(begin, index), mine))
             hidden = pool.submit(torch.no_grad()(model.run), index, block, hidden).result()
         begun += mine
 
@@ -173,18 +174,18 @@ def _effects(
 ) -> dict[str, float]:
     """KL per token of the states at `places` against the dense ones [count, length, d], all behind the last block."""
     norm, head = model.norm, model.head
+
+    @torch.no_grad()
+    def one(number: int, log_p: torch.Tensor, p: torch.Tensor, place: slice) -> float:
+        log_q = log_probabilities(norm(states.read(place.start + number).to(head.device)), head)
+        return torch.dot(p.flatten(), log_q.neg_().add_(log_p).flatten()).item()
+
     totals = dict.fromkeys(places, 0.0)
     with side_by_side(workers) as pool:
         for number, window in enumerate(hidden):
             log_p = log_probabilities(norm(window), head)
-            p = log_p.exp()
-
-            @torch.no_grad()
-            def one(place: slice, number: int = number, log_p: torch.Tensor = log_p, p: torch.Tensor = p) -> float:
-                log_q = log_probabilities(norm(states.read(place.start + number).to(head.device)), head)
-                return torch.dot(p.flatten(), log_q.neg_().add_(log_p).flatten()).item()
-
-            for name, kl in zip(places, pool.map(one, places.values()), strict=True):
+            found = pool.map(partial(one, number, log_p, log_p.exp()), places.values())
+            for name, kl in zip(places, found, strict=True):
                 totals[name] += kl
     return {name: max(total / hidden[..., 0].numel(), LEAST_EFFECT) for name, total in totals.items()}
 
