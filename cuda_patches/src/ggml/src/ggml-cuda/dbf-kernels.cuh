@@ -180,24 +180,48 @@ static __device__ __forceinline__ uint4 dbf_load_signs(const uint32_t * row, int
 
 // ---- rounding the input
 
+// v[j] = input i + j of a token, i a multiple of 4
+static __device__ __forceinline__ void dbf_load_values(const dbf_args & args, int64_t token, int64_t i, float (&v)[4]) {
+    const float * x = args.x + token*args.x_stride + i;
+    if (args.x_vector) {
+        const float4 f = *(const float4 *) x;
+        v[0] = f.x; v[1] = f.y; v[2] = f.z; v[3] = f.w;
+    } else {
+        DBF_UNROLL
+        for (int j = 0; j < 4; ++j) {
+            v[j] = x[j];
+        }
+    }
+}
+
+// s[j] = scale of input i + j; only where there are scales
+static __device__ __forceinline__ void dbf_load_scales(const dbf_args & args, int64_t i, float (&s)[4]) {
+    if (!args.x_vector) {
+        DBF_UNROLL
+        for (int j = 0; j < 4; ++j) {
+            s[j] = dbf_scale(args.s_in, args.s_in_type, i + j);
+        }
+    } else if (args.s_in_type == DBF_SCALE_F16) {
+        const uint2  h  = *(const uint2 *) ((const __half *) args.s_in + i);
+        const float2 lo = __half22float2(*(const __half2 *) &h.x);
+        const float2 hi = __half22float2(*(const __half2 *) &h.y);
+        s[0] = lo.x; s[1] = lo.y; s[2] = hi.x; s[3] = hi.y;
+    } else {
+        const float4 f = *(const float4 *) ((const float *) args.s_in + i);
+        s[0] = f.x; s[1] = f.y; s[2] = f.z; s[3] = f.w;
+    }
+}
+
 // Half a word: v[b][j] = value 8*b + 4*half + j of the word, for the registers 4*half + j. Missing words are 0.
 static __device__ __forceinline__ void dbf_load_input(const dbf_args & args, int64_t token, int word, int half, float (&v)[4][4]) {
     const bool there = word < args.n_words;
 
     DBF_UNROLL
     for (int b = 0; b < 4; ++b) {
-        const int64_t i = (int64_t) word*DBF_WORD + 8*b + 4*half;
-        const float * x = args.x + token*args.x_stride + i;
-        if (!there) {
-            v[b][0] = v[b][1] = v[b][2] = v[b][3] = 0.0f;
-        } else if (args.x_vector) {
-            const float4 f = *(const float4 *) x;
-            v[b][0] = f.x; v[b][1] = f.y; v[b][2] = f.z; v[b][3] = f.w;
+        if (there) {
+            dbf_load_values(args, token, (int64_t) word*DBF_WORD + 8*b + 4*half, v[b]);
         } else {
-            DBF_UNROLL
-            for (int j = 0; j < 4; ++j) {
-                v[b][j] = x[j];
-            }
+            v[b][0] = v[b][1] = v[b][2] = v[b][3] = 0.0f;
         }
     }
     if (!there || args.s_in_type == DBF_SCALE_NONE) {
@@ -205,22 +229,8 @@ static __device__ __forceinline__ void dbf_load_input(const dbf_args & args, int
     }
     DBF_UNROLL
     for (int b = 0; b < 4; ++b) {
-        const int64_t i = (int64_t) word*DBF_WORD + 8*b + 4*half;
         float s[4];
-        if (!args.x_vector) {
-            DBF_UNROLL
-            for (int j = 0; j < 4; ++j) {
-                s[j] = dbf_scale(args.s_in, args.s_in_type, i + j);
-            }
-        } else if (args.s_in_type == DBF_SCALE_F16) {
-            const uint2  h  = *(const uint2 *) ((const __half *) args.s_in + i);
-            const float2 lo = __half22float2(*(const __half2 *) &h.x);
-            const float2 hi = __half22float2(*(const __half2 *) &h.y);
-            s[0] = lo.x; s[1] = lo.y; s[2] = hi.x; s[3] = hi.y;
-        } else {
-            const float4 f = *(const float4 *) ((const float *) args.s_in + i);
-            s[0] = f.x; s[1] = f.y; s[2] = f.z; s[3] = f.w;
-        }
+        dbf_load_scales(args, (int64_t) word*DBF_WORD + 8*b + 4*half, s);
         DBF_UNROLL
         for (int j = 0; j < 4; ++j) {
             v[b][j] *= s[j];
@@ -257,24 +267,30 @@ static __device__ __forceinline__ float dbf_step_size(uint32_t largest, float & 
     return d;
 }
 
-// Four registers of each plane, and what they add to the planes' sums
-static __device__ __forceinline__ void dbf_round_q8(const float (&v)[4][4], float inverse, uint4 & hi, uint4 & lo, int & sum_hi, int & sum_lo) {
-    if (!(inverse > 0.0f)) { // nothing, or something that is not finite
-        hi = lo = make_uint4(0, 0, 0, 0);
+// Both bytes of four values. inverse = 0 stands for a vector of zeros, or one that is not finite.
+static __device__ __forceinline__ void dbf_round_four(const float (&v)[4], float inverse, uint32_t & hi, uint32_t & lo) {
+    if (!(inverse > 0.0f)) {
+        hi = lo = 0;
         return;
     }
+    uint32_t q[4], r[4]; // lo = byte 0 of q, as a signed one; hi = byte 1 of q + 128, to make up for its sign
+    DBF_UNROLL
+    for (int i = 0; i < 4; ++i) {
+        // adding 1.5*2^23 leaves the nearest integer in the low bits, at the rate of additions and not of conversions
+        q[i] = __float_as_uint(fmaf(v[i], inverse, 12582912.0f));
+        r[i] = q[i] + 128;
+    }
+    lo = __byte_perm(__byte_perm(q[0], q[1], 0x0040), __byte_perm(q[2], q[3], 0x0040), 0x5410);
+    hi = __byte_perm(__byte_perm(r[0], r[1], 0x0051), __byte_perm(r[2], r[3], 0x0051), 0x5410);
+}
+
+// Four registers of each plane, and what they add to the planes' sums
+static __device__ __forceinline__ void dbf_round_q8(const float (&v)[4][4], float inverse, uint4 & hi, uint4 & lo, int & sum_hi, int & sum_lo) {
     uint32_t h[4], l[4];
     DBF_UNROLL
     for (int j = 0; j < 4; ++j) {
-        uint32_t q[4], r[4]; // lo = byte 0 of q, as a signed one; hi = byte 1 of q + 128, to make up for its sign
-        DBF_UNROLL
-        for (int b = 0; b < 4; ++b) {
-            // adding 1.5*2^23 leaves the nearest integer in the low bits, at the rate of additions and not of conversions
-            q[b] = __float_as_uint(fmaf(v[b][j], inverse, 12582912.0f));
-            r[b] = q[b] + 128;
-        }
-        l[j] = __byte_perm(__byte_perm(q[0], q[1], 0x0040), __byte_perm(q[2], q[3], 0x0040), 0x5410);
-        h[j] = __byte_perm(__byte_perm(r[0], r[1], 0x0051), __byte_perm(r[2], r[3], 0x0051), 0x5410);
+        const float octets[4] = { v[0][j], v[1][j], v[2][j], v[3][j] };
+        dbf_round_four(octets, inverse, h[j], l[j]);
         sum_hi = dbf_dp4a(h[j], 0x01010101u, sum_hi);
         sum_lo = dbf_dp4a(l[j], 0x01010101u, sum_lo);
     }
@@ -290,29 +306,99 @@ static __device__ __forceinline__ int dbf_plane_at(int step, int word, int half,
     return (((step*4 + word%4)*2 + half)*4 + word/4)*2 + plane;
 }
 
-// Rounds the part of the input that this warp will sum, steps first, first + stride, … below end, into shared memory.
-static __device__ __forceinline__ dbf_rounding dbf_round_slice(const dbf_args & args, int token, uint4 * planes, int begin, int end, int stride, int first, int lane) {
-    // not lane/2 and lane%2: so that the lanes that store together hit different banks
-    const int half = lane/16;
-    const int word = lane%4*4 + lane/4%4;
+// What a lane rounds of a step for one token: four times four values in a row, the c-th at dbf_slice_at(lane, c). Eight lanes
+// load a word, 128 bytes. The words that a warp takes together are those whose planes lie in different banks.
+static __device__ __forceinline__ int dbf_slice_word(int lane, int c) {
+    return (c + lane/8)%4*4 + lane/8;
+}
 
-    uint32_t largest = 0;
-    for (int step = first; step < end; step += stride) {
-        float v[4][4];
-        dbf_load_input(args, token, step*DBF_STEP_WORDS + word, half, v);
+static __device__ __forceinline__ int64_t dbf_slice_at(int lane, int c) {
+    return dbf_slice_word(lane, c)*DBF_WORD + 4*(lane%8);
+}
+
+// s[c][j] = scale of the values of a lane, 1 where there is none
+static __device__ __forceinline__ void dbf_load_slice_scales(const dbf_args & args, int step, int lane, float (&s)[4][4]) {
+    DBF_UNROLL
+    for (int c = 0; c < 4; ++c) {
+        if (args.s_in_type == DBF_SCALE_NONE || step*DBF_STEP_WORDS + dbf_slice_word(lane, c) >= args.n_words) {
+            s[c][0] = s[c][1] = s[c][2] = s[c][3] = 1.0f;
+        } else {
+            dbf_load_scales(args, (int64_t) step*DBF_STEP_WORDS*DBF_WORD + dbf_slice_at(lane, c), s[c]);
+        }
+    }
+}
+
+// v[c][j] = scaled input of a lane, 0 in words that there are not
+static __device__ __forceinline__ void dbf_load_slice(const dbf_args & args, int token, int step, int lane, const float (&s)[4][4], float (&v)[4][4]) {
+    DBF_UNROLL
+    for (int c = 0; c < 4; ++c) {
+        if (step*DBF_STEP_WORDS + dbf_slice_word(lane, c) >= args.n_words) {
+            v[c][0] = v[c][1] = v[c][2] = v[c][3] = 0.0f;
+            continue;
+        }
+        dbf_load_values(args, token, (int64_t) step*DBF_STEP_WORDS*DBF_WORD + dbf_slice_at(lane, c), v[c]);
+        DBF_UNROLL
+        for (int j = 0; j < 4; ++j) {
+            v[c][j] *= s[c][j];
+        }
+    }
+}
+
+// A 4 x 4 transpose: of the four lanes that differ in the bits 1 and 2, lane b has the bytes j = 0..3, and gets byte b of each.
+static __device__ __forceinline__ uint32_t dbf_transpose_bytes(uint32_t v, int lane) {
+    const uint32_t near = __shfl_xor_sync(0xffffffff, v, 2);
+    v = __byte_perm(v, near, lane & 2 ? 0x3715 : 0x6240);
+    const uint32_t far = __shfl_xor_sync(0xffffffff, v, 4);
+    return __byte_perm(v, far, lane & 4 ? 0x3276 : 0x5410);
+}
+
+// Rounds the part of the input that this warp will sum, steps first, first + stride, … below end, into shared memory. `scales`
+// are those of step `first`.
+static __device__ __forceinline__ dbf_rounding dbf_round_slice(const dbf_args & args, int token, uint4 * planes, int begin, int end, int stride, int first, int lane, const float (&scales)[4][4]) {
+    float kept[4][4]; // of the first step; often it is the only one
+    if (first < end) {
+        dbf_load_slice(args, token, first, lane, scales, kept);
+    }
+    uint32_t largest = first < end ? dbf_largest(kept, 0) : 0;
+    for (int step = first + stride; step < end; step += stride) {
+        float s[4][4], v[4][4];
+        dbf_load_slice_scales(args, step, lane, s);
+        dbf_load_slice(args, token, step, lane, s, v);
         largest = dbf_largest(v, largest);
     }
     float inverse;
     dbf_rounding info = { dbf_step_size(dbf_warp_max(largest), inverse), 0, 0 };
 
-    // read again rather than kept: the second time it comes from the L1 cache
+    const int b    = lane%8/2; // octet of a word: the values 8*b + 4*half + j
+    const int half = lane%2;
     for (int step = first; step < end; step += stride) {
-        float v[4][4];
-        dbf_load_input(args, token, step*DBF_STEP_WORDS + word, half, v);
-        uint4 hi, lo;
-        dbf_round_q8(v, inverse, hi, lo, info.sum_hi, info.sum_lo);
-        planes[dbf_plane_at(step - begin, word, half, 0)] = hi;
-        planes[dbf_plane_at(step - begin, word, half, 1)] = lo;
+        float s[4][4], v[4][4];
+        if (step == first) {
+            DBF_UNROLL
+            for (int c = 0; c < 4; ++c) {
+                DBF_UNROLL
+                for (int j = 0; j < 4; ++j) {
+                    v[c][j] = kept[c][j];
+                }
+            }
+        } else { // read again: it comes from the L1 cache
+            dbf_load_slice_scales(args, step, lane, s);
+            dbf_load_slice(args, token, step, lane, s, v);
+        }
+        DBF_UNROLL
+        for (int c = 0; c < 4; ++c) {
+            uint32_t hi, lo;
+            dbf_round_four(v[c], inverse, hi, lo);
+            info.sum_hi = dbf_dp4a(hi, 0x01010101u, info.sum_hi);
+            info.sum_lo = dbf_dp4a(lo, 0x01010101u, info.sum_lo);
+            hi = dbf_transpose_bytes(hi, lane);
+            lo = dbf_transpose_bytes(lo, lane);
+            // register 4*half + b of both planes; the halves store in turns, so that no two lanes want the same bank
+            const int word = dbf_slice_word(lane, c);
+            uint32_t * at = (uint32_t *) (planes + dbf_plane_at(step - begin, word, half, 0)) + b;
+            at[4*half]       = half == 0 ? hi : lo;
+            at[4*(1 - half)] = half == 0 ? lo : hi;
+        }
     }
     info.sum_hi = dbf_warp_sum(info.sum_hi);
     info.sum_lo = dbf_warp_sum(info.sum_lo);
@@ -404,6 +490,14 @@ __global__ void __launch_bounds__(32*WARPS, DBF_DECODE_BLOCKS(WARPS)) dbf_decode
     for (int i = 0; i < DBF_AHEAD; ++i) {
         load_ahead(ahead[i]);
     }
+    // Scales are weights too: those of the first step's input, and of the first tile's rows
+    float scales[4][4];
+    dbf_load_slice_scales(args, warp, lane, scales);
+    const auto load_scale = [&](int tile) {
+        const int row = tile*DBF_TILE_ROWS + (int) threadIdx.x;
+        return threadIdx.x < DBF_TILE_ROWS && row < args.rows ? dbf_scale(args.s_out, args.s_out_type, row) : 0.0f;
+    };
+    float scale = load_scale(blockIdx.x);
     dbf_wait_for_previous_kernel();
 
     // The six columns without a token get the same planes again: a column of C depends on that column of B alone, nobody looks
@@ -418,7 +512,10 @@ __global__ void __launch_bounds__(32*WARPS, DBF_DECODE_BLOCKS(WARPS)) dbf_decode
             const int end = begin + args.chunk_steps < n_steps ? begin + args.chunk_steps : n_steps;
             if (chunked || tile == (int) blockIdx.x) {
                 __syncwarp(); // the last chunk has been read
-                info = dbf_round_slice(args, token, planes, begin, end, WARPS, begin + warp, lane);
+                if (chunked && (begin > 0 || tile != (int) blockIdx.x)) {
+                    dbf_load_slice_scales(args, begin + warp, lane, scales);
+                }
+                info = dbf_round_slice(args, token, planes, begin, end, WARPS, begin + warp, lane, scales);
                 __syncwarp();
             }
 
@@ -463,8 +560,9 @@ __global__ void __launch_bounds__(32*WARPS, DBF_DECODE_BLOCKS(WARPS)) dbf_decode
             for (int w = 0; w < WARPS; ++w) {
                 sum += mine[w*DBF_TILE_ROWS + threadIdx.x];
             }
-            args.y[(int64_t) token*args.rows + row] = dbf_scale(args.s_out, args.s_out_type, row)*sum;
+            args.y[(int64_t) token*args.rows + row] = scale*sum;
         }
+        scale = load_scale(tile + gridDim.x);
     }
 }
 
