@@ -50,13 +50,6 @@
 #define DBF_TINY     1e-30f      // a vector below is zero: 1/d would overflow
 #define DBF_INFINITY 0x7f800000u // |v| as an integer from here on: infinity or NaN
 
-// Steps whose signs are on their way; for the slower memory of sm_75 one is enough
-#if defined(DBF_ON_CPU) || __CUDA_ARCH__ >= 800
-#define DBF_AHEAD 2
-#else
-#define DBF_AHEAD 1
-#endif
-
 // Code is compiled for every architecture of a build; a kernel is empty where it is never launched.
 #if defined(DBF_ON_CPU) || __CUDA_ARCH__ >= 750
 #define DBF_HAS_MMA true
@@ -134,8 +127,18 @@ static __device__ __forceinline__ uint32_t dbf_get(const uint4 & v, int i) {
     return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w;
 }
 
+// A scale as it is stored, so that nothing waits for its load before it must
+static __device__ __forceinline__ uint32_t dbf_load_scale(const void * s, dbf_scale_type type, int64_t i) {
+    return type == DBF_SCALE_F16 ? ((const uint16_t *) s)[i] : ((const uint32_t *) s)[i];
+}
+
+static __device__ __forceinline__ float dbf_scale_of(uint32_t stored, dbf_scale_type type) {
+    const __half_raw half = { (uint16_t) stored };
+    return type == DBF_SCALE_F16 ? __half2float(__half(half)) : __uint_as_float(stored);
+}
+
 static __device__ __forceinline__ float dbf_scale(const void * s, dbf_scale_type type, int64_t i) {
-    return type == DBF_SCALE_F16 ? __half2float(((const __half *) s)[i]) : ((const float *) s)[i];
+    return dbf_scale_of(dbf_load_scale(s, type, i), type);
 }
 
 static __device__ __forceinline__ int dbf_warp_sum(int v) {
@@ -194,21 +197,27 @@ static __device__ __forceinline__ void dbf_load_values(const dbf_args & args, in
     }
 }
 
-// s[j] = scale of input i + j; only where there are scales
-static __device__ __forceinline__ void dbf_load_scales(const dbf_args & args, int64_t i, float (&s)[4]) {
+// Four of them, i a multiple of 4; only where there are scales
+static __device__ __forceinline__ uint4 dbf_load_scales(const dbf_args & args, int64_t i) {
     if (!args.x_vector) {
-        DBF_UNROLL
-        for (int j = 0; j < 4; ++j) {
-            s[j] = dbf_scale(args.s_in, args.s_in_type, i + j);
-        }
-    } else if (args.s_in_type == DBF_SCALE_F16) {
-        const uint2  h  = *(const uint2 *) ((const __half *) args.s_in + i);
-        const float2 lo = __half22float2(*(const __half2 *) &h.x);
-        const float2 hi = __half22float2(*(const __half2 *) &h.y);
-        s[0] = lo.x; s[1] = lo.y; s[2] = hi.x; s[3] = hi.y;
-    } else {
-        const float4 f = *(const float4 *) ((const float *) args.s_in + i);
-        s[0] = f.x; s[1] = f.y; s[2] = f.z; s[3] = f.w;
+        const auto load = [&](int j) { return dbf_load_scale(args.s_in, args.s_in_type, i + j); };
+        const uint4 s = make_uint4(load(0), load(1), load(2), load(3));
+        return args.s_in_type == DBF_SCALE_F16 ? make_uint4(s.x | s.y << 16, s.z | s.w << 16, 0, 0) : s;
+    }
+    if (args.s_in_type == DBF_SCALE_F16) {
+        const uint2 s = *(const uint2 *) ((const uint16_t *) args.s_in + i);
+        return make_uint4(s.x, s.y, 0, 0);
+    }
+    return *(const uint4 *) ((const float *) args.s_in + i);
+}
+
+static __device__ __forceinline__ void dbf_multiply(const dbf_args & args, const uint4 & scales, float (&v)[4]) {
+    if (args.s_in_type == DBF_SCALE_F16) {
+        const float2 lo = __half22float2(*(const __half2 *) &scales.x);
+        const float2 hi = __half22float2(*(const __half2 *) &scales.y);
+        v[0] *= lo.x; v[1] *= lo.y; v[2] *= hi.x; v[3] *= hi.y;
+    } else if (args.s_in_type == DBF_SCALE_F32) {
+        v[0] *= __uint_as_float(scales.x); v[1] *= __uint_as_float(scales.y); v[2] *= __uint_as_float(scales.z); v[3] *= __uint_as_float(scales.w);
     }
 }
 
@@ -229,25 +238,17 @@ static __device__ __forceinline__ void dbf_load_input(const dbf_args & args, int
     }
     DBF_UNROLL
     for (int b = 0; b < 4; ++b) {
-        float s[4];
-        dbf_load_scales(args, (int64_t) word*DBF_WORD + 8*b + 4*half, s);
-        DBF_UNROLL
-        for (int j = 0; j < 4; ++j) {
-            v[b][j] *= s[j];
-        }
+        dbf_multiply(args, dbf_load_scales(args, (int64_t) word*DBF_WORD + 8*b + 4*half), v[b]);
     }
 }
 
 // The largest |v| as an integer: the bits of floats without a sign order like integers, with infinity and NaN on top, so
 // that one maximum sees everything.
-static __device__ __forceinline__ uint32_t dbf_largest(const float (&v)[4][4], uint32_t largest) {
+static __device__ __forceinline__ uint32_t dbf_largest(const float (&v)[4], uint32_t largest) {
     DBF_UNROLL
-    for (int b = 0; b < 4; ++b) {
-        DBF_UNROLL
-        for (int j = 0; j < 4; ++j) {
-            const uint32_t bits = __float_as_uint(v[b][j]) & 0x7fffffffu;
-            largest = largest > bits ? largest : bits;
-        }
+    for (int j = 0; j < 4; ++j) {
+        const uint32_t bits = __float_as_uint(v[j]) & 0x7fffffffu;
+        largest = largest > bits ? largest : bits;
     }
     return largest;
 }
@@ -316,31 +317,17 @@ static __device__ __forceinline__ int64_t dbf_slice_at(int lane, int c) {
     return dbf_slice_word(lane, c)*DBF_WORD + 4*(lane%8);
 }
 
-// s[c][j] = scale of the values of a lane, 1 where there is none
-static __device__ __forceinline__ void dbf_load_slice_scales(const dbf_args & args, int step, int lane, float (&s)[4][4]) {
-    DBF_UNROLL
-    for (int c = 0; c < 4; ++c) {
-        if (args.s_in_type == DBF_SCALE_NONE || step*DBF_STEP_WORDS + dbf_slice_word(lane, c) >= args.n_words) {
-            s[c][0] = s[c][1] = s[c][2] = s[c][3] = 1.0f;
-        } else {
-            dbf_load_scales(args, (int64_t) step*DBF_STEP_WORDS*DBF_WORD + dbf_slice_at(lane, c), s[c]);
-        }
-    }
+// The c-th scales and the c-th input of a lane, 0 in words that there are not
+static __device__ __forceinline__ uint4 dbf_load_slice_scales(const dbf_args & args, int step, int lane, int c) {
+    const bool there = args.s_in_type != DBF_SCALE_NONE && step*DBF_STEP_WORDS + dbf_slice_word(lane, c) < args.n_words;
+    return there ? dbf_load_scales(args, (int64_t) step*DBF_STEP_WORDS*DBF_WORD + dbf_slice_at(lane, c)) : make_uint4(0, 0, 0, 0);
 }
 
-// v[c][j] = scaled input of a lane, 0 in words that there are not
-static __device__ __forceinline__ void dbf_load_slice(const dbf_args & args, int token, int step, int lane, const float (&s)[4][4], float (&v)[4][4]) {
-    DBF_UNROLL
-    for (int c = 0; c < 4; ++c) {
-        if (step*DBF_STEP_WORDS + dbf_slice_word(lane, c) >= args.n_words) {
-            v[c][0] = v[c][1] = v[c][2] = v[c][3] = 0.0f;
-            continue;
-        }
-        dbf_load_values(args, token, (int64_t) step*DBF_STEP_WORDS*DBF_WORD + dbf_slice_at(lane, c), v[c]);
-        DBF_UNROLL
-        for (int j = 0; j < 4; ++j) {
-            v[c][j] *= s[c][j];
-        }
+static __device__ __forceinline__ void dbf_load_slice(const dbf_args & args, int token, int step, int lane, int c, float (&v)[4]) {
+    if (step*DBF_STEP_WORDS + dbf_slice_word(lane, c) < args.n_words) {
+        dbf_load_values(args, token, (int64_t) step*DBF_STEP_WORDS*DBF_WORD + dbf_slice_at(lane, c), v);
+    } else {
+        v[0] = v[1] = v[2] = v[3] = 0.0f;
     }
 }
 
@@ -354,50 +341,64 @@ static __device__ __forceinline__ uint32_t dbf_transpose_bytes(uint32_t v, int l
 
 // Rounds the part of the input that this warp will sum, steps first, first + stride, … below end, into shared memory. `scales`
 // are those of step `first`.
-static __device__ __forceinline__ dbf_rounding dbf_round_slice(const dbf_args & args, int token, uint4 * planes, int begin, int end, int stride, int first, int lane, const float (&scales)[4][4]) {
-    float kept[4][4]; // of the first step; often it is the only one
+static __device__ __forceinline__ dbf_rounding dbf_round_slice(const dbf_args & args, int token, uint4 * planes, int begin, int end, int stride, int first, int lane, const uint4 (&scales)[4]) {
+    float kept[4][4] = {}; // of the first step; often it is the only one
     if (first < end) {
-        dbf_load_slice(args, token, first, lane, scales, kept);
+        DBF_UNROLL
+        for (int c = 0; c < 4; ++c) {
+            dbf_load_slice(args, token, first, lane, c, kept[c]);
+        }
+        DBF_UNROLL
+        for (int c = 0; c < 4; ++c) {
+            dbf_multiply(args, scales[c], kept[c]);
+        }
     }
-    uint32_t largest = first < end ? dbf_largest(kept, 0) : 0;
+    const auto load = [&](int step, int c, float (&v)[4]) {
+        dbf_load_slice(args, token, step, lane, c, v);
+        dbf_multiply(args, dbf_load_slice_scales(args, step, lane, c), v);
+    };
+    uint32_t largest = 0;
+    DBF_UNROLL
+    for (int c = 0; c < 4; ++c) {
+        largest = dbf_largest(kept[c], largest);
+    }
     for (int step = first + stride; step < end; step += stride) {
-        float s[4][4], v[4][4];
-        dbf_load_slice_scales(args, step, lane, s);
-        dbf_load_slice(args, token, step, lane, s, v);
-        largest = dbf_largest(v, largest);
+        DBF_UNROLL
+        for (int c = 0; c < 4; ++c) {
+            float v[4];
+            load(step, c, v);
+            largest = dbf_largest(v, largest);
+        }
     }
     float inverse;
     dbf_rounding info = { dbf_step_size(dbf_warp_max(largest), inverse), 0, 0 };
 
     const int b    = lane%8/2; // octet of a word: the values 8*b + 4*half + j
     const int half = lane%2;
-    for (int step = first; step < end; step += stride) {
-        float s[4][4], v[4][4];
-        if (step == first) {
-            DBF_UNROLL
-            for (int c = 0; c < 4; ++c) {
-                DBF_UNROLL
-                for (int j = 0; j < 4; ++j) {
-                    v[c][j] = kept[c][j];
-                }
-            }
-        } else { // read again: it comes from the L1 cache
-            dbf_load_slice_scales(args, step, lane, s);
-            dbf_load_slice(args, token, step, lane, s, v);
-        }
+    const auto store = [&](int step, int c, const float (&v)[4]) {
+        uint32_t hi, lo;
+        dbf_round_four(v, inverse, hi, lo);
+        info.sum_hi = dbf_dp4a(hi, 0x01010101u, info.sum_hi);
+        info.sum_lo = dbf_dp4a(lo, 0x01010101u, info.sum_lo);
+        hi = dbf_transpose_bytes(hi, lane);
+        lo = dbf_transpose_bytes(lo, lane);
+        // register 4*half + b of both planes; the halves store in turns, so that no two lanes want the same bank
+        uint32_t * at = (uint32_t *) (planes + dbf_plane_at(step - begin, dbf_slice_word(lane, c), half, 0)) + b;
+        at[4*half]       = half == 0 ? hi : lo;
+        at[4*(1 - half)] = half == 0 ? lo : hi;
+    };
+    if (first < end) {
         DBF_UNROLL
         for (int c = 0; c < 4; ++c) {
-            uint32_t hi, lo;
-            dbf_round_four(v[c], inverse, hi, lo);
-            info.sum_hi = dbf_dp4a(hi, 0x01010101u, info.sum_hi);
-            info.sum_lo = dbf_dp4a(lo, 0x01010101u, info.sum_lo);
-            hi = dbf_transpose_bytes(hi, lane);
-            lo = dbf_transpose_bytes(lo, lane);
-            // register 4*half + b of both planes; the halves store in turns, so that no two lanes want the same bank
-            const int word = dbf_slice_word(lane, c);
-            uint32_t * at = (uint32_t *) (planes + dbf_plane_at(step - begin, word, half, 0)) + b;
-            at[4*half]       = half == 0 ? hi : lo;
-            at[4*(1 - half)] = half == 0 ? lo : hi;
+            store(first, c, kept[c]);
+        }
+    }
+    for (int step = first + stride; step < end; step += stride) { // read again: it comes from the L1 cache
+        DBF_UNROLL
+        for (int c = 0; c < 4; ++c) {
+            float v[4];
+            load(step, c, v);
+            store(step, c, v);
         }
     }
     info.sum_hi = dbf_warp_sum(info.sum_hi);
@@ -442,8 +443,8 @@ static __device__ __forceinline__ void dbf_dot_step(int (&acc)[4][4], const uint
 //
 //   shared memory:  planes of the input [chunk_steps][4][2][4][2] uint4  |  partial sums [2][WARPS][16]
 //
-// Signs are loaded DBF_AHEAD steps ahead, over the ends of tiles. Two are 2 KB a warp and 32 KB a multiprocessor, which is what
-// it takes to hide the latency of an H100's memory.
+// Signs are loaded two steps ahead, over the ends of tiles: 2 KB a warp and 32 KB a multiprocessor, which is what it takes to
+// hide the latency of an H100's memory.
 //
 // Input that does not fit is taken in chunks, and then rounded anew for every tile: slow, and needed only for n above 24,000 on
 // sm_61, 31,000 on sm_75 and 49,000 on newer cards.
@@ -468,7 +469,7 @@ __global__ void __launch_bounds__(32*WARPS, DBF_DECODE_BLOCKS(WARPS)) dbf_decode
 
     dbf_let_next_kernel_start();
 
-    uint4 ahead[DBF_AHEAD][2] = {}; // [this step, the next one][row g or g+8]
+    uint4 ahead[2][2] = {}; // [this step and the next one, or the other way round][row g or g+8]
     int   ahead_step = warp;
     int   ahead_tile = warp < n_steps ? (int) blockIdx.x : n_tiles;
     const uint32_t * ahead_row[2] = { dbf_row(args, ahead_tile*DBF_TILE_ROWS + g), dbf_row(args, ahead_tile*DBF_TILE_ROWS + g + 8) };
@@ -486,18 +487,22 @@ __global__ void __launch_bounds__(32*WARPS, DBF_DECODE_BLOCKS(WARPS)) dbf_decode
             ahead_row[1] = dbf_row(args, ahead_tile*DBF_TILE_ROWS + g + 8);
         }
     };
-    DBF_UNROLL
-    for (int i = 0; i < DBF_AHEAD; ++i) {
-        load_ahead(ahead[i]);
-    }
+    load_ahead(ahead[0]);
+    load_ahead(ahead[1]);
     // Scales are weights too: those of the first step's input, and of the first tile's rows
-    float scales[4][4];
-    dbf_load_slice_scales(args, warp, lane, scales);
+    uint4 scales[4];
+    const auto load_scales = [&](int step) {
+        DBF_UNROLL
+        for (int c = 0; c < 4; ++c) {
+            scales[c] = dbf_load_slice_scales(args, step, lane, c);
+        }
+    };
+    load_scales(warp);
     const auto load_scale = [&](int tile) {
         const int row = tile*DBF_TILE_ROWS + (int) threadIdx.x;
-        return threadIdx.x < DBF_TILE_ROWS && row < args.rows ? dbf_scale(args.s_out, args.s_out_type, row) : 0.0f;
+        return threadIdx.x < DBF_TILE_ROWS && row < args.rows ? dbf_load_scale(args.s_out, args.s_out_type, row) : 0;
     };
-    float scale = load_scale(blockIdx.x);
+    uint32_t scale = load_scale(blockIdx.x);
     dbf_wait_for_previous_kernel();
 
     // The six columns without a token get the same planes again: a column of C depends on that column of B alone, nobody looks
@@ -505,7 +510,8 @@ __global__ void __launch_bounds__(32*WARPS, DBF_DECODE_BLOCKS(WARPS)) dbf_decode
     const uint4 * column = planes + dbf_plane_at(0, 4*t, 0, MMA ? g%2 : 0);
 
     dbf_rounding info = { 0.0f, 0, 0 };
-    int parity = 0;
+    int  parity = 0;
+    bool turned = false; // whether ahead[1] comes next
     for (int tile = blockIdx.x; tile < n_tiles; tile += gridDim.x, parity ^= 1) {
         float sum0 = 0.0f, sum1 = 0.0f; // rows g and g+8
         for (int begin = 0; begin < n_steps; begin += args.chunk_steps) {
@@ -513,21 +519,32 @@ __global__ void __launch_bounds__(32*WARPS, DBF_DECODE_BLOCKS(WARPS)) dbf_decode
             if (chunked || tile == (int) blockIdx.x) {
                 __syncwarp(); // the last chunk has been read
                 if (chunked && (begin > 0 || tile != (int) blockIdx.x)) {
-                    dbf_load_slice_scales(args, begin + warp, lane, scales);
+                    load_scales(begin + warp);
                 }
                 info = dbf_round_slice(args, token, planes, begin, end, WARPS, begin + warp, lane, scales);
                 __syncwarp();
             }
 
             int acc[4][4] = {};
-            for (int step = begin + warp; step < end; step += WARPS) { // chunk_steps is a multiple of WARPS
-                dbf_dot_step<MMA>(acc, ahead[0][0], ahead[0][1], column + dbf_plane_at(step - begin, 0, 0, 0));
-                DBF_UNROLL
-                for (int i = 1; i < DBF_AHEAD; ++i) {
-                    ahead[i - 1][0] = ahead[i][0];
-                    ahead[i - 1][1] = ahead[i][1];
+            const auto use = [&](uint4 (&rows)[2], int step) {
+                dbf_dot_step<MMA>(acc, rows[0], rows[1], column + dbf_plane_at(step - begin, 0, 0, 0));
+                load_ahead(rows);
+            };
+            // The two sets of registers take turns. Moving one to the other's place would wait for its load.
+            const auto use_all = [&](uint4 (&now)[2], uint4 (&next)[2]) {
+                for (int step = begin + warp; step < end; step += 2*WARPS) { // chunk_steps is a multiple of WARPS
+                    use(now, step);
+                    if (step + WARPS >= end) {
+                        return true;
+                    }
+                    use(next, step + WARPS);
                 }
-                load_ahead(ahead[DBF_AHEAD - 1]);
+                return false;
+            };
+            if (turned) {
+                turned = !use_all(ahead[1], ahead[0]);
+            } else {
+                turned = use_all(ahead[0], ahead[1]);
             }
 
             int s[4] = {};
@@ -560,7 +577,7 @@ __global__ void __launch_bounds__(32*WARPS, DBF_DECODE_BLOCKS(WARPS)) dbf_decode
             for (int w = 0; w < WARPS; ++w) {
                 sum += mine[w*DBF_TILE_ROWS + threadIdx.x];
             }
-            args.y[(int64_t) token*args.rows + row] = scale*sum;
+            args.y[(int64_t) token*args.rows + row] = dbf_scale_of(scale, args.s_out_type)*sum;
         }
         scale = load_scale(tile + gridDim.x);
     }
@@ -606,7 +623,10 @@ __global__ void __launch_bounds__(32*DBF_ROUND_WARPS) dbf_round(const dbf_args a
     for (int step = warp; step < n_steps; step += DBF_ROUND_WARPS) {
         float v[4][4];
         dbf_load_input(args, token, step*DBF_STEP_WORDS + word, half, v);
-        largest = dbf_largest(v, largest);
+        DBF_UNROLL
+        for (int b = 0; b < 4; ++b) {
+            largest = dbf_largest(v[b], largest);
+        }
     }
     largest = dbf_warp_max(largest);
     if (lane == 0) {
@@ -762,7 +782,6 @@ __global__ void __launch_bounds__(32*DBF_GEMM_WARPS, DBF_GEMM_BLOCKS(TILES)) dbf
     constexpr int  TOKENS  = F16 ? DBF_F16_TOKENS : DBF_Q8_TOKENS; // in a tile of columns
     constexpr int  LOADS   = DBF_LOADS<F16>;
     constexpr int  STRIDE  = DIVIDES ? DBF_GEMM_WARPS : 1;         // from a step of a warp to its next
-    constexpr int  AHEAD   = DIVIDES ? DBF_AHEAD : 1;
 
     typedef typename dbf_accumulator<F16>::type number;
     struct alignas(8) sums { number c0, c1; };                     // of a row, the columns 2t and 2t + 1
@@ -783,14 +802,20 @@ __global__ void __launch_bounds__(32*DBF_GEMM_WARPS, DBF_GEMM_BLOCKS(TILES)) dbf
     number acc[2][TILES][4] = {};
 
     const uint32_t * rows[4]; // row0, + 8, + 16, + 24
-    uint4 ahead[AHEAD][4];    // [this step, and the next one if AHEAD is 2]
     DBF_UNROLL
     for (int r = 0; r < 4; ++r) {
         rows[r] = dbf_row(args, row0 + 8*r);
+    }
+    const auto load_ahead = [&](uint4 (&signs)[4], int step) {
         DBF_UNROLL
-        for (int i = 0; i < AHEAD; ++i) {
-            ahead[i][r] = dbf_load_signs<VECTOR, false>(rows[r], args.n_words, step0 + i*STRIDE, t);
+        for (int r = 0; r < 4; ++r) {
+            signs[r] = dbf_load_signs<VECTOR, false>(rows[r], args.n_words, step, t);
         }
+    };
+    uint4 ahead[DIVIDES ? 2 : 1][4]; // of the next steps of this warp
+    load_ahead(ahead[0], step0);
+    if constexpr (DIVIDES) {
+        load_ahead(ahead[1], step0 + STRIDE);
     }
     dbf_let_next_kernel_start();
     dbf_wait_for_previous_kernel();
@@ -805,30 +830,35 @@ __global__ void __launch_bounds__(32*DBF_GEMM_WARPS, DBF_GEMM_BLOCKS(TILES)) dbf
                                 : shared + tile*LOADS*32 + lane;
     }
 
-    for (int step = step0; step < n_steps; step += STRIDE) {
-        if constexpr (!DIVIDES) {
+    if constexpr (DIVIDES) {
+        const auto use = [&](uint4 (&signs)[4], int step) {
+            const int64_t skip = (int64_t) step*LOADS*32;
+            dbf_gemm_step<TILES, F16>(acc, signs, [&](int tile, int load) { return columns[tile][skip + load*32]; });
+            load_ahead(signs, step + 2*STRIDE);
+        };
+        for (int step = step0; step < n_steps; step += 2*STRIDE) { // two sets of registers, as in dbf_decode
+            use(ahead[0], step);
+            if (step + STRIDE < n_steps) {
+                use(ahead[1], step + STRIDE);
+            }
+        }
+    } else {
+        for (int step = 0; step < n_steps; ++step) {
             __syncthreads(); // the last step's input has been read
             for (int i = threadIdx.x; i < TILES*LOADS*32; i += 32*DBF_GEMM_WARPS) {
                 const int tile = i/(LOADS*32);
                 shared[i] = group + tile < n_groups ? rounded[dbf_fragment_at<F16>(group + tile, n_steps, step, 0, i%(LOADS*32))]
                                                     : make_uint4(0, 0, 0, 0);
             }
-        }
-        uint4 row[4];
-        DBF_UNROLL
-        for (int r = 0; r < 4; ++r) {
-            row[r] = ahead[0][r];
+            uint4 signs[4];
             DBF_UNROLL
-            for (int i = 1; i < AHEAD; ++i) {
-                ahead[i - 1][r] = ahead[i][r];
+            for (int r = 0; r < 4; ++r) {
+                signs[r] = ahead[0][r];
             }
-            ahead[AHEAD - 1][r] = dbf_load_signs<VECTOR, false>(rows[r], args.n_words, step + AHEAD*STRIDE, t);
-        }
-        if constexpr (!DIVIDES) {
+            load_ahead(ahead[0], step + 1);
             __syncthreads(); // the input is there
+            dbf_gemm_step<TILES, F16>(acc, signs, [&](int tile, int load) { return columns[tile][load*32]; });
         }
-        const int64_t skip = DIVIDES ? (int64_t) step*LOADS*32 : 0;
-        dbf_gemm_step<TILES, F16>(acc, row, [&](int tile, int load) { return columns[tile][skip + load*32]; });
     }
 
     if constexpr (DIVIDES) {
