@@ -3,9 +3,10 @@
     python bench/gpu_model.py                            # the tables
     python bench/gpu_model.py --write docs/gpu-model.md  # puts them into the document
 
-No GPU was used. The model is arithmetic on public specifications (CARDS), on what the kernels' machine code looks like
-(KERNEL) and on a few times that are assumed (Card.gap and the constants below KERNEL); docs/gpu-model.md derives the
-formulas. Everything printed is a prediction. bench/gpu.py shows what a card really does beside it.
+The model is arithmetic on public specifications (CARDS), on what the kernels' machine code looks like (KERNEL), on some
+figures that were measured on one H200 (CHAIN, TILE, STEP, in clocks; EARLY, MANY_AS_FEW), and on a few times that are
+assumed (Card.gap and the constants below KERNEL); docs/gpu-model.md derives the formulas. Everything printed is a
+prediction. bench/gpu.py shows what a card really does beside it.
 """
 
 import argparse
@@ -46,6 +47,7 @@ CARDS = {
         Card("RTX 5090", 1792, 170, 2.407, 1024, 256, 256, 4096, 0.9, early=True),
         Card("A100", 2039, 108, 1.41, 2048, 1024, 1024, 5120, 1.3),
         Card("H100", 3352, 132, 1.83, 2540, 1270, 2048, 5120, 1.1, early=True),  # mma.sync: 62 % of wgmma
+        Card("H200", 4800, 132, 1.83, 2540, 1270, 2048, 5120, 1.1, early=True),
     )
 }
 
@@ -94,13 +96,16 @@ class Gemm:
 
 FEW = {1: Gemm(1, 32, 4, 2, 22.0), 2: Gemm(2, 32, 4, 2, 26.0)}
 MANY = Gemm(8, 128, 2, 1, 50.0)
-MANY_AS_FEW = 11  # a block of many columns takes as long as so many of two tiles (DBF_GEMM_MANY_AS_FEW)
+MANY_AS_FEW = 13  # a block of many columns takes as long as so many of two tiles (DBF_GEMM_MANY_AS_FEW)
 FEW_TOKENS = (1, 4, 8, 16, 32, 48, 64, 128)  # of the table
 
 EFFICIENCY = 0.92  # of the specified bandwidth, which a long stream of loads reaches
 LATENCY = 0.7  # µs until the first bytes arrive
 TAIL = 0.2  # µs: the warps' sums are added and written
-EARLY = 0.3  # µs that are left of the gap, and of the latency, where the first signs were loaded before the gap
+EARLY = 0.3  # µs that are left of the gap where launches overlap
+CHAIN = 2560  # clocks that a launch takes however few signs there are: input and scales come, maximum, rounding, sums
+TILE = 1390  # clocks from a tile of a block to its next: sums, barrier
+STEP = 1060  # clocks of a warp for a step of 16 rows
 SMALL = 0.6  # µs that a small kernel (norm, rope ...) runs
 OTHERS = 10  # launches of a block beside the linears: 2 norms, 2 rope, V into the cache, 2 attention, 2 adds, SwiGLU
 FUSED = 2  # launches of a block that llama.cpp saves with dense weights: gate, up and SwiGLU are one
@@ -135,14 +140,17 @@ def width(n_in: int, n_out: int, bits: float) -> int:
     return uniform_budget({"linear": (n_out, n_in)}, bits)["linear"]
 
 
-def stage(card: Card, n: int, rows: int, scales: int, early: bool = False) -> dict[str, float]:
+def stage(card: Card, n: int, rows: int, scales: int, early: bool | None = None) -> dict[str, float]:
     """One launch for one token, `rows` sign rows of `n`: its parts in µs, and `bound`, what streaming waits for.
 
     scales  bytes of scales that it reads
-    early   it starts, and loads its first signs, while the one before it still runs
+    early   it starts, and loads its first signs, while the one before it still runs; None: if the card can
     """
+    early = card.early if early is None else early
     signs = n * rows
     tiles = math.ceil(math.ceil(rows / KERNEL.rows) / card.sms)  # of the SM with most of them
+    rounds = math.ceil(math.ceil(rows / KERNEL.rows) / (card.sms * KERNEL.blocks(n)))  # tiles of a block
+    steps = rounds * math.ceil(math.ceil(n / KERNEL.step) / KERNEL.warps(n))  # of a warp
     blocks = min(KERNEL.blocks(n), tiles)
     in_flight = blocks * KERNEL.warps(n) * KERNEL.ahead * KERNEL.rows * KERNEL.step / 8
     later = max(0, tiles * KERNEL.rows * n / 8 - in_flight)  # bytes that are asked for when others have arrived
@@ -152,19 +160,24 @@ def stage(card: Card, n: int, rows: int, scales: int, early: bool = False) -> di
         "in flight": later / (in_flight / LATENCY),
         "instructions": signs / 32 * KERNEL.instructions / (128 * clocks),
         "tensor cores": signs / KERNEL.signs_an_mma * 4096 / (card.int8 * clocks),
+        "rounds": ((rounds - 1) * TILE + (steps - 1) * STEP) / (card.clock * 1e3),  # the first is in CHAIN
     }
     bound = max(times, key=times.get)
     quantize = blocks * n * (4 / L2_WIDTH + KERNEL.quantize / 128) / (card.clock * 1e3)
-    gap, latency = (EARLY, EARLY) if early else (card.gap, LATENCY)
-    parts = {"gap": gap, "start": max(latency, quantize), "stream": times[bound], "tail": TAIL}
+    parts = {"gap": EARLY if early else card.gap, "start": chain(card) + quantize, "stream": times[bound], "tail": TAIL}
     return parts | {"bound": bound, "times": times}
+
+
+def chain(card: Card) -> float:
+    """µs of CHAIN, at least the latency of memory."""
+    return max(LATENCY, CHAIN / (card.clock * 1e3))
 
 
 def launch(parts: dict[str, float]) -> float:
     return parts["gap"] + parts["start"] + parts["stream"] + parts["tail"]
 
 
-def linear(card: Card, n_in: int, n_out: int, k: int, early: bool = False) -> float:
+def linear(card: Card, n_in: int, n_out: int, k: int, early: bool | None = None) -> float:
     """µs of a DBF linear for one token: two launches."""
     return launch(stage(card, n_in, k, 2 * (n_in + k), early)) + launch(stage(card, k, n_out, 2 * n_out, early))
 
@@ -178,7 +191,7 @@ def f16_linear(card: Card, n_in: int, n_out: int) -> float:
 
 
 def token(
-    card: Card, shape: Shape, bits: float | None, join: bool = False, early: bool = False, context: int = 64
+    card: Card, shape: Shape, bits: float | None, join: bool = False, early: bool | None = None, context: int = 64
 ) -> dict[str, float]:
     """µs of one decoded token by its parts; `bits` None is F16, head included, else the head is Q6_K.
 
@@ -186,6 +199,7 @@ def token(
     early    DBF launches overlap, see `stage`
     context  tokens in the cache: 64 on average over 128 from an empty prompt
     """
+    early = card.early if early is None else early
     linears = shape.linears(join)
     others = OTHERS * (card.gap + SMALL)
     cache = 4 * context * shape.n_head_kv * shape.head_dim  # bytes of K and V in F16
@@ -196,7 +210,7 @@ def token(
         return dense(card, shape, 2) | ends
     ks = {name: width(n_in, n_out, bits) for name, (n_out, n_in) in linears.items()}
     total = sum(linear(card, n_in, n_out, ks[name], early) for name, (n_out, n_in) in linears.items())
-    fixed = 2 * len(linears) * ((2 * EARLY if early else card.gap + LATENCY) + TAIL)
+    fixed = 2 * len(linears) * ((EARLY if early else card.gap) + chain(card) + TAIL)
     parts = {"weights": total - fixed, "launches": fixed, "others": others}
     return {name: shape.n_layer * time for name, time in parts.items()} | ends
 
@@ -214,7 +228,7 @@ def dense(card: Card, shape: Shape, bytes_a_weight: float) -> dict[str, float]:
 
 
 def tokens_a_second(
-    card: Card, shape: Shape, bits: float | None, join: bool = False, early: bool = False
+    card: Card, shape: Shape, bits: float | None, join: bool = False, early: bool | None = None
 ) -> float:
     return 1e6 / sum(token(card, shape, bits, join, early).values())
 
@@ -451,11 +465,11 @@ def report() -> str:
         ("The same at 2 bits on a 4090 by its parts, µs", parts_table(card)),
         ("Tokens a second, 128 tokens from an empty prompt (Table 4)", decode_table()),
         ("A token of Llama-2-7B at 1.5 bits on a 4090 by its parts, ms", token_table(card)),
-        ("Tokens a second at 1.5 bits where launches can overlap", early_table()),
+        ("Tokens a second at 1.5 bits where launches can overlap, and if they did not", early_table()),
         ("The linears of Llama-2-7B at 2 bits, joined, for 1 to 128 tokens, ms", few_tokens_table()),
         ("The linears of Llama-2-7B at 2 bits for a batch, ms", batch_table()),
     ]
-    note = f"All predicted, ±{UNCERTAINTY} %; no GPU was used. Measured (by others) is only what a column calls so."
+    note = f"All predicted, ±{UNCERTAINTY} %. Measured (by others) is only what a column calls so."
     return "\n\n".join([note, *(f"### {title}\n\n{table}" for title, table in sections)])
 
 

@@ -279,8 +279,7 @@ def faults(kernel: sass.Kernel) -> list[str]:
             if wide * 32 * 16 * 8 * sass.repeats(kernel.name) < kernel.main_loop.signs:
                 found.append(f"{wide} loads of 16 bytes for {kernel.main_loop.signs} signs")
             step = gpu_model.KERNEL.rows * gpu_model.KERNEL.step // 8
-            steps = gpu_model.KERNEL.ahead if kernel.arch >= 80 else 1  # DBF_AHEAD; the model has no card with sm_75
-            if kernel.ahead < steps * step:
+            if kernel.ahead < gpu_model.KERNEL.ahead * step:
                 found.append(f"{kernel.ahead} bytes of signs under way")
             instructions = sum(kernel.per_32_signs(sass.repeats(kernel.name)).values())
             if tensor and instructions > INSTRUCTIONS:

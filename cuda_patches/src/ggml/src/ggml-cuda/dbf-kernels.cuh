@@ -823,17 +823,17 @@ __global__ void __launch_bounds__(32*DBF_GEMM_WARPS, DBF_GEMM_BLOCKS(TILES)) dbf
     // A group of tokens that there is not: many columns take zeros, few the last group again, whichever needs no condition in
     // the loop. A column of C depends on that column of B alone, and nobody looks at theirs.
     const uint4 * rounded = (const uint4 *) args.rounded;
-    const uint4 * columns[TILES];
+    const uint4 * columns = DIVIDES ? rounded + dbf_fragment_at<F16>(group, n_steps, 0, 0, lane) : shared + lane;
+    int next[TILES]; // from the first group to another
     DBF_UNROLL
     for (int tile = 0; tile < TILES; ++tile) {
-        columns[tile] = DIVIDES ? rounded + dbf_fragment_at<F16>(min(group + tile, n_groups - 1), n_steps, 0, 0, lane)
-                                : shared + tile*LOADS*32 + lane;
+        next[tile] = DIVIDES ? min(tile, n_groups - 1 - group)*n_steps*LOADS*32 : tile*LOADS*32;
     }
 
     if constexpr (DIVIDES) {
         const auto use = [&](uint4 (&signs)[4], int step) {
-            const int64_t skip = (int64_t) step*LOADS*32;
-            dbf_gemm_step<TILES, F16>(acc, signs, [&](int tile, int load) { return columns[tile][skip + load*32]; });
+            const int skip = step*LOADS*32;
+            dbf_gemm_step<TILES, F16>(acc, signs, [&](int tile, int load) { return columns[next[tile] + skip + load*32]; });
             load_ahead(signs, step + 2*STRIDE);
         };
         for (int step = step0; step < n_steps; step += 2*STRIDE) { // two sets of registers, as in dbf_decode
@@ -857,7 +857,7 @@ __global__ void __launch_bounds__(32*DBF_GEMM_WARPS, DBF_GEMM_BLOCKS(TILES)) dbf
             }
             load_ahead(ahead[0], step + 1);
             __syncthreads(); // the input is there
-            dbf_gemm_step<TILES, F16>(acc, signs, [&](int tile, int load) { return columns[tile][load*32]; });
+            dbf_gemm_step<TILES, F16>(acc, signs, [&](int tile, int load) { return columns[next[tile] + load*32]; });
         }
     }
 

@@ -32,7 +32,7 @@
 #define DBF_GEMM_DIVIDES_STEPS(tiles) ((tiles) <= 2)
 #define DBF_GEMM_ROWS(tiles)          (2*DBF_TILE_ROWS*(DBF_GEMM_DIVIDES_STEPS(tiles) ? 1 : DBF_GEMM_WARPS))
 
-#define DBF_GEMM_MANY_AS_FEW          11 // by the model in docs/gpu-model.md
+#define DBF_GEMM_MANY_AS_FEW          13 // see docs/gpu-model.md
 
 // registers a thread may take, as __launch_bounds__ promises the compiler; with it the blocks on a multiprocessor
 #define DBF_DECODE_BLOCKS(warps) ((warps) == 8 ? 2 : 1)
