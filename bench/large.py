@@ -1,6 +1,7 @@
 """Does memory stay where it is when a model gets more blocks? And what would a whole 7B cost?
 
     python bench/large.py FOLDER
+    python bench/large.py --linears cuda    # the second question alone, on any device, in a minute
 
 Writes checkpoints of the shape of Llama-2-7B (hidden 4096, feed-forward 11008, 32 heads, vocabulary 32000, untied) with
 2 and with 6 blocks of random weights into FOLDER (sharded safetensors in float16; 4.3 GB for both, and as much room for
@@ -14,7 +15,8 @@ Memory: resident set size of the process and its children together, twenty times
 marks; the pages of mapped files count. Time: the first checkpoint is converted with twice the iterations of the second,
 so that the time of an iteration and what comes once (reading, eigenvectors, the closed-form fit) can be told apart.
 Both are then counted up to a whole Llama-2-7B at the default iterations; the passages of the calibration text and the
-tuning by their arithmetic, in the amounts of the recipe. What a GPU would take is predicted, see GPU_PRODUCTS.
+tuning by their arithmetic, in the amounts of the recipe. What a GPU would take is predicted, see GPU_PRODUCTS. With
+--linears one random weight of each shape is factorized twice, with few and with more iterations, and nothing else done.
 """
 
 import argparse
@@ -33,7 +35,7 @@ from safetensors.torch import save_file
 
 from dbf_gguf import recipes
 from dbf_gguf.budget import uniform_budget
-from dbf_gguf.factorize import OUTER_ITERATIONS
+from dbf_gguf.factorize import OUTER_ITERATIONS, InputMoment, factorize
 
 HIDDEN, FEED_FORWARD, HEADS, VOCABULARY = 4096, 11008, 32, 32000
 WHOLE = 32  # blocks of Llama-2-7B
@@ -69,6 +71,10 @@ CONFIG = {
 LIMIT, SPREAD = 6e9, 0.10  # bytes; relative difference
 SENTENCE = "the quick brown fox jumps over lazy dogs while seven wizards quietly brew magic potions "
 LINE = re.compile(r"(blk\.\d+\.\w+) +k=\d+ .* ([\d.]+) s$")
+
+JOINED = ("attn_qkv", "attn_output", "ffn_gate_up", "ffn_down")
+WARM_UP, TIMED = 3, (6, 18)  # iterations, with --linears
+INPUTS = 2048  # random ones, whose moment is the metric
 
 # What a GPU of the RTX 4090's class is assumed to sustain: half of its 165 dense bfloat16 TFLOPS with float32
 # accumulation on products, a quarter of its 83 float32 TFLOPS on Cholesky factors, inverses and float32 products,
@@ -232,7 +238,8 @@ def passage_flops() -> float:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path)
+    parser.add_argument("folder", type=Path, nargs="?")
+    parser.add_argument("--linears", metavar="DEVICE", help="only time the factorizations, on cpu or cuda")
     parser.add_argument("--blocks", type=int, nargs=2, default=[2, 6], metavar="N")
     parser.add_argument("--bits", type=float, default=1.5)
     parser.add_argument("--iterations", type=int, default=3, help="of the second conversion; the first has twice these")
@@ -240,6 +247,11 @@ def main() -> int:
     arguments, more = parser.parse_known_args()  # the rest goes to `dbf-gguf convert`
     if arguments.iterations < 3:  # before the first conversion has taken its time
         parser.error("--iterations must be at least 3, the least that convert takes")
+    if arguments.linears:
+        time_linears(arguments.linears, arguments.bits)
+        return 0
+    if arguments.folder is None:
+        parser.error("give a FOLDER for the checkpoints, or --linears DEVICE")
 
     recipe = recipes.load("llama2-7b")
     text = arguments.folder / "text.txt"
@@ -292,6 +304,36 @@ def main() -> int:
     good = max(peaks) <= LIMIT and max(peaks) <= (1 + SPREAD) * min(peaks)
     print(f"{'within' if good else 'NOT within'} {LIMIT / 1e9:.0f} GB and {SPREAD:.0%} of each other")
     return 0 if good else 1
+
+
+def time_linears(device: str, bits: float) -> None:
+    """Times a factorization of each joint linear of a block, and counts it up to a whole model."""
+    budget = uniform_budget({kind: KINDS[kind] for kind in JOINED}, bits)
+    print(f"a factorization on {device}, {bits} bits, random weights, by {TIMED[0]} and {TIMED[1]} iterations; seconds")
+    print(f"{'shape':>13}  {'k':>5}  {'once':>6}  {'iteration':>9}  {f'all {OUTER_ITERATIONS}':>7}  4090 (predicted)")
+    block = predicted = 0.0
+    for kind in JOINED:
+        (n_out, n_in), k = KINDS[kind], budget[kind]
+        generator = torch.Generator(device).manual_seed(0)
+        weight = torch.randn(1, n_out, n_in, generator=generator, device=device)
+        x = torch.randn(INPUTS, n_in, generator=generator, device=device)
+        x *= torch.rand(n_in, generator=generator, device=device)
+        seconds = {}
+        for iterations in (WARM_UP, *TIMED):
+            moment = InputMoment(x.T @ x / INPUTS)
+            begin = time.monotonic()
+            factorize(weight, k, moment=moment, iterations=iterations)[1].item()  # waits for the device
+            seconds[iterations] = time.monotonic() - begin
+        few, many = (seconds[iterations] for iterations in TIMED)
+        iteration = (many - few) / (TIMED[1] - TIMED[0])
+        once = few - TIMED[0] * iteration
+        gpu_once, gpu_iteration = gpu_seconds(n_out, n_in, k)
+        here, gpu = once + OUTER_ITERATIONS * iteration, gpu_once + OUTER_ITERATIONS * gpu_iteration
+        block += here
+        predicted += gpu
+        row = f"{k:5}  {once:6.2f}  {iteration:9.4f}  {here:7.1f}  {gpu:7.1f}"
+        print(f"{n_out:>6}x{n_in:<6}  {row}", flush=True)
+    print(f"{WHOLE} blocks: {WHOLE * block / 60:.1f} min here, {WHOLE * predicted / 60:.0f} min predicted for a 4090")
 
 
 def mean_seconds(linears: dict[str, float], kinds: list[str]) -> float:

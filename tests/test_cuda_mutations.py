@@ -39,7 +39,7 @@ CASES = {
     DECODE_WORDS: [Case(96, 160, 33, 1, AMPERE)],
     DECODE_DP4A: [Case(128, 640, 50, 3, PASCAL, padding=4)],
     ROUND: [Case(4224, 128, 50, 5, AMPERE, padding=4)],
-    GEMM: [Case(1152, 192, 50, 29, AMPERE, padding=4), Case(128, 1152, 180, 27, AMPERE)],
+    GEMM: [Case(1152, 256, 50, 29, AMPERE, padding=4), Case(128, 1152, 228, 27, AMPERE)],
     GEMM_FEW: [Case(1152, 128, 50, 5, AMPERE, padding=4), Case(128, 5248, 50, 7, AMPERE)],
     GEMM_WORDS: [Case(96, 160, 33, 3, AMPERE)],
     GEMM_F16: [Case(128, 640, 50, 3, AMPERE, path="f16")],

@@ -123,7 +123,7 @@ def busiest(rows, rows_of_block, groups, tiles, n_sm):
 
 
 def test_small_blocks_where_large_ones_would_leave_the_card_idle(plans):
-    """Many columns only where the multiprocessor that has most blocks has less to do, one of these counted as 11."""
+    """Many columns only where the multiprocessor that has most blocks has less to do, one of these counted as 13."""
     kinds = set()
     for (*_, n_tokens, _, n_sm, _, _, path), p in plans:
         for launch in p["launches"]:
@@ -133,7 +133,7 @@ def test_small_blocks_where_large_ones_would_leave_the_card_idle(plans):
             groups = -(-n_tokens // tokens)
             few = 1 if path == F16 or groups == 1 else 2
             rows = launch["rows"]
-            large = 11 * busiest(rows, 128, groups, many, n_sm) <= busiest(rows, 32, groups, few, n_sm)
+            large = 13 * busiest(rows, 128, groups, many, n_sm) <= busiest(rows, 32, groups, few, n_sm)
             assert tile(launch["kernel"]) == (tokens, many if large else few), (n_tokens, n_sm, launch)
             kinds.add(tile(launch["kernel"]))
     assert kinds == {(4, 1), (4, 2), (4, 8), (8, 1), (8, 4)}
