@@ -197,7 +197,7 @@ static __device__ __forceinline__ void dbf_load_values(const dbf_args & args, in
     }
 }
 
-// Four of them, i a multiple of 4; only where there are scales
+// The stored scales of the inputs i to i + 3, i a multiple of 4; only where there are scales
 static __device__ __forceinline__ uint4 dbf_load_scales(const dbf_args & args, int64_t i) {
     if (!args.x_vector) {
         const auto load = [&](int j) { return dbf_load_scale(args.s_in, args.s_in_type, i + j); };
@@ -211,13 +211,15 @@ static __device__ __forceinline__ uint4 dbf_load_scales(const dbf_args & args, i
     return *(const uint4 *) ((const float *) args.s_in + i);
 }
 
+// v[j] *= the j-th of four stored scales, where there are scales
 static __device__ __forceinline__ void dbf_multiply(const dbf_args & args, const uint4 & scales, float (&v)[4]) {
     if (args.s_in_type == DBF_SCALE_F16) {
         const float2 lo = __half22float2(*(const __half2 *) &scales.x);
         const float2 hi = __half22float2(*(const __half2 *) &scales.y);
         v[0] *= lo.x; v[1] *= lo.y; v[2] *= hi.x; v[3] *= hi.y;
     } else if (args.s_in_type == DBF_SCALE_F32) {
-        v[0] *= __uint_as_float(scales.x); v[1] *= __uint_as_float(scales.y); v[2] *= __uint_as_float(scales.z); v[3] *= __uint_as_float(scales.w);
+        v[0] *= __uint_as_float(scales.x); v[1] *= __uint_as_float(scales.y);
+        v[2] *= __uint_as_float(scales.z); v[3] *= __uint_as_float(scales.w);
     }
 }
 
@@ -341,7 +343,8 @@ static __device__ __forceinline__ uint32_t dbf_transpose_bytes(uint32_t v, int l
 
 // Rounds the part of the input that this warp will sum, steps first, first + stride, … below end, into shared memory. `scales`
 // are those of step `first`.
-static __device__ __forceinline__ dbf_rounding dbf_round_slice(const dbf_args & args, int token, uint4 * planes, int begin, int end, int stride, int first, int lane, const uint4 (&scales)[4]) {
+static __device__ __forceinline__ dbf_rounding dbf_round_slice(
+        const dbf_args & args, int token, uint4 * planes, int begin, int end, int stride, int first, int lane, const uint4 (&scales)[4]) {
     float kept[4][4] = {}; // of the first step; often it is the only one
     if (first < end) {
         DBF_UNROLL

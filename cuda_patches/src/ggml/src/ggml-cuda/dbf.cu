@@ -73,8 +73,10 @@ static const char * dbf_refusal(int device, const ggml_tensor * op) {
     if ((x->ne[2] > 1 && x->nb[2] != x->ne[1]*stride) || (x->ne[3] > 1 && x->nb[3] != x->ne[1]*x->ne[2]*stride)) {
         return "the tokens of x are not evenly spaced";
     }
-    if (op->src[0]->op != GGML_OP_NONE || op->src[2]->op != GGML_OP_NONE) {
-        return "the signs are no weights"; // they are read while the kernel before may still write
+    for (const int factor : { 0, 2, 3, 4, 5 }) {
+        if (op->src[factor]->op != GGML_OP_NONE) {
+            return "signs or scales are no weights"; // they are read while the kernel before may still write
+        }
     }
     return dbf_unsupported(dbf_shape_of(op), dbf_get_device(device));
 }
