@@ -256,7 +256,7 @@ def main() -> int:
     recipe = recipes.load("llama2-7b")
     text = arguments.folder / "text.txt"
     arguments.folder.mkdir(parents=True, exist_ok=True)
-    text.write_text("".join(random.Random(0).choices(SENTENCE.split(" "), k=4000)))
+    text.write_text(" ".join(random.Random(0).choices(SENTENCE.split(" "), k=4000)))
     results = []
     for blocks, iterations in zip(arguments.blocks, (2 * arguments.iterations, arguments.iterations), strict=True):
         folder = arguments.folder / f"{blocks}-blocks"
