@@ -146,7 +146,6 @@ def stage(card: Card, n: int, rows: int, scales: int, early: bool | None = None)
     scales  bytes of scales that it reads
     early   it starts, and loads its first signs, while the one before it still runs; None: if the card can
     """
-    early = card.early if early is None else early
     signs = n * rows
     tiles = math.ceil(math.ceil(rows / KERNEL.rows) / card.sms)  # of the SM with most of them
     rounds = math.ceil(math.ceil(rows / KERNEL.rows) / (card.sms * KERNEL.blocks(n)))  # tiles of a block
@@ -164,8 +163,13 @@ def stage(card: Card, n: int, rows: int, scales: int, early: bool | None = None)
     }
     bound = max(times, key=times.get)
     quantize = blocks * n * (4 / L2_WIDTH + KERNEL.quantize / 128) / (card.clock * 1e3)
-    parts = {"gap": EARLY if early else card.gap, "start": chain(card) + quantize, "stream": times[bound], "tail": TAIL}
+    parts = {"gap": gap(card, early), "start": chain(card) + quantize, "stream": times[bound], "tail": TAIL}
     return parts | {"bound": bound, "times": times}
+
+
+def gap(card: Card, early: bool | None) -> float:
+    """µs before a DBF launch; `early` as for `stage`."""
+    return EARLY if (card.early if early is None else early) else card.gap
 
 
 def chain(card: Card) -> float:
@@ -199,7 +203,6 @@ def token(
     early    DBF launches overlap, see `stage`
     context  tokens in the cache: 64 on average over 128 from an empty prompt
     """
-    early = card.early if early is None else early
     linears = shape.linears(join)
     others = OTHERS * (card.gap + SMALL)
     cache = 4 * context * shape.n_head_kv * shape.head_dim  # bytes of K and V in F16
@@ -210,7 +213,7 @@ def token(
         return dense(card, shape, 2) | ends
     ks = {name: width(n_in, n_out, bits) for name, (n_out, n_in) in linears.items()}
     total = sum(linear(card, n_in, n_out, ks[name], early) for name, (n_out, n_in) in linears.items())
-    fixed = 2 * len(linears) * ((EARLY if early else card.gap) + chain(card) + TAIL)
+    fixed = 2 * len(linears) * (gap(card, early) + chain(card) + TAIL)
     parts = {"weights": total - fixed, "launches": fixed, "others": others}
     return {name: shape.n_layer * time for name, time in parts.items()} | ends
 

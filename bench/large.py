@@ -239,7 +239,7 @@ def passage_flops() -> float:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, nargs="?")
-    parser.add_argument("--linears", metavar="DEVICE", help="only time the factorizations, on cpu or cuda")
+    parser.add_argument("--linears", choices=("cpu", "cuda"), help="only time the factorizations, on this device")
     parser.add_argument("--blocks", type=int, nargs=2, default=[2, 6], metavar="N")
     parser.add_argument("--bits", type=float, default=1.5)
     parser.add_argument("--iterations", type=int, default=3, help="of the second conversion; the first has twice these")
@@ -247,11 +247,13 @@ def main() -> int:
     arguments, more = parser.parse_known_args()  # the rest goes to `dbf-gguf convert`
     if arguments.iterations < 3:  # before the first conversion has taken its time
         parser.error("--iterations must be at least 3, the least that convert takes")
+    if arguments.linears == "cuda" and not torch.cuda.is_available():
+        parser.error("--linears cuda: there is no CUDA device, or torch is built without CUDA")
     if arguments.linears:
         time_linears(arguments.linears, arguments.bits)
         return 0
     if arguments.folder is None:
-        parser.error("give a FOLDER for the checkpoints, or --linears DEVICE")
+        parser.error("give a FOLDER for the checkpoints, or --linears cpu or cuda")
 
     recipe = recipes.load("llama2-7b")
     text = arguments.folder / "text.txt"
@@ -281,10 +283,8 @@ def main() -> int:
         names = [name for name, s in shapes.items() if s == shape]
         k = budget[names[0]]
         many, few = (mean_seconds(r["linears"], names) for r in results)
-        iteration = (many - few) / arguments.iterations
-        once = few - arguments.iterations * iteration
-        gpu_once, gpu_iteration = gpu_seconds(*shape, k)
-        here, gpu = once + OUTER_ITERATIONS * iteration, gpu_once + OUTER_ITERATIONS * gpu_iteration
+        n = arguments.iterations
+        once, iteration, here, gpu = counted_up(shape, k, (n, few), (2 * n, many))
         total += WHOLE * len(names) * here
         predicted += WHOLE * len(names) * gpu
         work += len(names) * sum(flops(*shape, k))
@@ -306,6 +306,18 @@ def main() -> int:
     return 0 if good else 1
 
 
+def counted_up(shape: tuple[int, int], k: int, *measured: tuple[int, float]) -> tuple[float, float, float, float]:
+    """Seconds of a factorization: (once, an iteration, all of them, all of them predicted for a GPU).
+
+    measured  (iterations, seconds), twice
+    """
+    (n_few, few), (n_many, many) = measured
+    iteration = (many - few) / (n_many - n_few)
+    once = few - n_few * iteration
+    gpu_once, gpu_iteration = gpu_seconds(*shape, k)
+    return once, iteration, once + OUTER_ITERATIONS * iteration, gpu_once + OUTER_ITERATIONS * gpu_iteration
+
+
 def time_linears(device: str, bits: float) -> None:
     """Times a factorization of each joint linear of a block, and counts it up to a whole model."""
     budget = uniform_budget({kind: KINDS[kind] for kind in JOINED}, bits)
@@ -324,11 +336,7 @@ def time_linears(device: str, bits: float) -> None:
             begin = time.monotonic()
             factorize(weight, k, moment=moment, iterations=iterations)[1].item()  # waits for the device
             seconds[iterations] = time.monotonic() - begin
-        few, many = (seconds[iterations] for iterations in TIMED)
-        iteration = (many - few) / (TIMED[1] - TIMED[0])
-        once = few - TIMED[0] * iteration
-        gpu_once, gpu_iteration = gpu_seconds(n_out, n_in, k)
-        here, gpu = once + OUTER_ITERATIONS * iteration, gpu_once + OUTER_ITERATIONS * gpu_iteration
+        once, iteration, here, gpu = counted_up((n_out, n_in), k, *((n, seconds[n]) for n in TIMED))
         block += here
         predicted += gpu
         row = f"{k:5}  {once:6.2f}  {iteration:9.4f}  {here:7.1f}  {gpu:7.1f}"
