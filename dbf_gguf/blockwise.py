@@ -33,6 +33,7 @@ from . import blocktune, parallel
 from .blocks import Activations, BlockModel, apply_work, block_prefix, linears
 from .checkpoint import SIGNS, WorkFolder, block_file
 from .factors import pack_signs
+from .lookup import lookups
 from .model import DBFLinear
 from .threads import in_order, side_by_side
 
@@ -180,6 +181,7 @@ class Tuning:
     sign_lr: float | None  # None: the signs stay
     seed: int
     importance: bool = True  # weight the outputs by their gradients
+    lookups: bool = False  # look products with signs up, see `lookup`
 
 
 def compress(
@@ -221,7 +223,8 @@ def compress(
             if not work.has(block_file(index)):
                 last = work.read_tensors("importance.safetensors")[f"{order[-1][-1]}.output"]
                 last = last if tuning.importance else torch.ones_like(last)
-                with side_by_side(model.workers(windows.shape[1], backward=True)) as pool:
+                workers = model.workers(windows.shape[1], backward=True)
+                with side_by_side(workers) as pool, lookups(compressed, tuning.lookups):
                     options = {"lr": tuning.lr, "sign_lr": tuning.sign_lr, "seed": tuning.seed}
                     values, before, after = blocktune.tune(model, index, compressed, streams, last, pool, **options)
                 _store(work, index, compressed, values, tuning.sign_lr is not None)

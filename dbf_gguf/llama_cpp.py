@@ -31,7 +31,7 @@ from pathlib import Path
 
 from . import fetch
 from .errors import DBFError
-from .machine import available_cpus, available_memory, cuda_capabilities, cuda_driver
+from .machine import available_cpus, available_memory, compiler, cuda_capabilities, cuda_driver
 from .paths import cache_dir, data_dir
 
 if sys.version_info >= (3, 11):
@@ -341,22 +341,16 @@ def _lock(name: str) -> Iterator[None]:
 # ---- the build
 
 
-def _compiler(variable: str, *names: str) -> str | None:
-    """What cmake would take: the environment's compiler, else the first of `names` on the PATH."""
-    given = os.environ.get(variable)
-    return shutil.which(given.split()[0]) if given else next(filter(None, map(shutil.which, names)), None)
-
-
 def _nvcc() -> str | None:
     standard = Path("/usr/local/cuda/bin/nvcc")
-    return _compiler("CUDACXX", "nvcc") or (str(standard) if standard.exists() else None)
+    return compiler("CUDACXX", "nvcc") or (str(standard) if standard.exists() else None)
 
 
 def check_tools(cuda: bool = False) -> None:
     """Raises DBFError, one line, naming every build tool that is missing and how to get it."""
     missing = []
     packages = []
-    if not (_compiler("CC", "cc", "gcc", "clang") and _compiler("CXX", "c++", "g++", "clang++")):
+    if not (compiler("CC", "cc", "gcc", "clang") and compiler("CXX", "c++", "g++", "clang++")):
         missing.append("a C and C++ compiler")
         packages.append("build-essential")
     if not (shutil.which("ninja") or shutil.which("make")):

@@ -1,7 +1,8 @@
-"""What this process may use of the machine: CPUs, memory, NVIDIA cards."""
+"""What this process may use of the machine: CPUs, memory, compilers, NVIDIA cards."""
 
 import ctypes
 import os
+import shutil
 from pathlib import Path
 
 CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")  # a container's, cgroup v2; "max" where there is none
@@ -21,6 +22,12 @@ def available_memory() -> int:
         return min(physical, int(CGROUP_LIMIT.read_text()))
     except (OSError, ValueError):
         return physical
+
+
+def compiler(variable: str, *names: str) -> str | None:
+    """What cmake would take: the environment's compiler, else the first of `names` on the PATH."""
+    given = os.environ.get(variable)
+    return shutil.which(given.split()[0]) if given else next(filter(None, map(shutil.which, names)), None)
 
 
 def cuda_driver() -> ctypes.CDLL | None:

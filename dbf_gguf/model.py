@@ -8,6 +8,7 @@ are held in the dtype they are multiplied in: on a CPU casting them at every cal
 
 import re
 import threading
+from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -37,12 +38,16 @@ class DBFLinear(nn.Module):
         for scale in SCALES:
             setattr(self, scale, nn.Parameter(getattr(factors, scale).float()))
         self.bias = None if bias is None else nn.Parameter(bias.detach().float(), requires_grad=False)
+        self.lookup: Callable[[torch.Tensor], torch.Tensor] | None = None  # computes y without the bias (`lookup`)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., n_in] -> [..., n_out], in x's dtype; products in the signs' dtype."""
         dtype = self.signs_a.dtype
-        hidden = nn.functional.linear((x * self.scale_b.to(x.dtype)).to(dtype), self.signs_b)
-        y = nn.functional.linear(hidden * self.scale_m.to(dtype), self.signs_a) * self.scale_a.to(dtype)
+        if self.lookup is not None and not self.signs_a.requires_grad:
+            y = self.lookup(x)
+        else:
+            hidden = nn.functional.linear((x * self.scale_b.to(x.dtype)).to(dtype), self.signs_b)
+            y = nn.functional.linear(hidden * self.scale_m.to(dtype), self.signs_a) * self.scale_a.to(dtype)
         if self.bias is not None:
             y = y + self.bias.to(dtype)
         return y.to(x.dtype)

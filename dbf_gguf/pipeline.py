@@ -20,14 +20,14 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import as_completed
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 import gguf
 import torch
 from safetensors import safe_open
 
-from . import blockwise, calibration, distill, importance, parallel, sensitivity
+from . import blockwise, calibration, distill, importance, lookup, parallel, sensitivity
 from .blocks import BlockModel
 from .budget import MAX_BITS, MIN_BITS, adaptive_budget, bits_for_size, bits_per_weight, linear_bits, uniform_budget
 from .checkpoint import WorkFolder, block_file, read_tensors
@@ -434,7 +434,7 @@ class Job:
             s, tuning = self.settings, None
             if s.blocks in ("scales", "signs"):
                 sign_lr = s.block_sign_lr if s.blocks == "signs" else None
-                tuning = blockwise.Tuning(s.block_lr, sign_lr, s.seed, s.importance)
+                tuning = blockwise.Tuning(s.block_lr, sign_lr, s.seed, s.importance, sign_lr is None and self.lookups)
             report = self._report_block
             blockwise.compress(self.block_model(), self.windows["blocks"].long(), work, group, tuning, report)
 
@@ -534,7 +534,7 @@ class Job:
         apply_work(student, work, self.dtype)
         student.set_input_embeddings(teacher.get_input_embeddings())  # one copy in memory
         student.set_output_embeddings(teacher.get_output_embeddings())
-        with self.screen.progress("tuning", None) as update:
+        with self.screen.progress("tuning", None) as update, lookup.lookups(student, self.lookups):
 
             def report(p: distill.Progress) -> None:
                 if p.held_out is not None:
@@ -557,6 +557,18 @@ class Job:
                 report=report,
             )
         work.write_tensors("final.safetensors", final)
+
+    @cached_property
+    def lookups(self) -> bool:
+        """Whether products with signs are looked up while scales are tuned; says so, once, where they cannot be."""
+        if not lookup.faster(self.settings.device, self.dtype):
+            return False
+        try:
+            lookup.product()
+        except DBFError as problem:
+            self.screen.line(f"tuning goes on, half as fast as it could: {problem}")
+            return False
+        return True
 
     def export(self, output: Path) -> None:
         """Writes the GGUF; seconds for a small model, so it is always done anew."""

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from emulator import run
 
-from dbf_gguf import llama_cpp
+from dbf_gguf import machine
 from dbf_gguf.paths import data_dir
 
 KERNELS = data_dir("cuda_patches") / "src/ggml/src/ggml-cuda"
@@ -39,7 +39,7 @@ A, B, SA, SM, SB, X, Y, WORKSPACE = (i << 50 for i in range(1, 9))
 def plan(tmp_path_factory):
     """plan(list of the nine numbers of plan.cpp) -> list of plans"""
     program = tmp_path_factory.mktemp("plan") / "plan"
-    compiler = llama_cpp._compiler("CXX", "c++", "g++", "clang++")
+    compiler = machine.compiler("CXX", "c++", "g++", "clang++")
     source = Path(__file__).parent / "cuda/plan.cpp"
     flags = ["-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", "-fsanitize=undefined", "-fno-sanitize-recover=all"]
     compiled = run(compiler, *flags, f"-I{KERNELS}", source, "-o", program)

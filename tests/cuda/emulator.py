@@ -16,7 +16,7 @@ from pathlib import Path
 
 import ptx_to_cpp
 
-from dbf_gguf import llama_cpp
+from dbf_gguf import machine
 
 HERE = Path(__file__).parent
 
@@ -54,7 +54,7 @@ class Emulator:
         self.root = root
         self.folder = folder
         self.kernels = kernels  # the folder of dbf-kernels.cuh and dbf-launch.h
-        self.compiler = [llama_cpp._compiler("CXX", "g++", "c++")]
+        self.compiler = [machine.compiler("CXX", "g++", "c++")]
         if shutil.which("ccache"):
             self.compiler.insert(0, "ccache")
 
