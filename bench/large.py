@@ -195,8 +195,8 @@ def convert(folder: Path, blocks: int, text: Path, bits: float, iterations: int,
     memory.join()
     if process.wait() or not linears:
         sys.exit(f"the conversion of {folder} failed")
-    side_by_side = sum(linears.values()) / (last - first)
-    linears = {name: seconds / side_by_side for name, seconds in linears.items()}
+    share = (last - first) / max(sum(linears.values()), 1e-3)  # it prints tenths of a second
+    linears = {name: seconds * share for name, seconds in linears.items()}
     result = {"peak": memory.peak, "anonymous": memory.anonymous, "stage": memory.stage}
     result |= {"linears": linears, "seconds": time.monotonic() - begin}
     stored.write_text(json.dumps({"command": command, "result": result}, indent=1))
@@ -288,7 +288,7 @@ def main() -> int:
         total += WHOLE * len(names) * here
         predicted += WHOLE * len(names) * gpu
         work += len(names) * sum(flops(*shape, k))
-        spent += len(names) * iteration
+        spent += len(names) * max(iteration, 1e-9)
         row = f"{sum(flops(*shape, k)) / 1e12:6.2f}  {once:6.1f}  {iteration:9.2f}  {here:7.0f}  {gpu:7.1f}"
         print(f"{shape[0]:>6}x{shape[1]:<6}  {k:5}  {row}   x {WHOLE * len(names)}")
     print(f"all linears: {total / 3600:.1f} h here; predicted {predicted / 60:.0f} min on a GPU of a 4090's class")
