@@ -228,12 +228,12 @@ def gpu_seconds(n_out: int, n_in: int, k: int) -> tuple[float, float]:
 def passage_flops() -> float:
     """Of one token and block (dbf_gguf/blockwise.py).
 
-    Both streams to the inputs of the four groups and on to the block's end are about four times the block; H and C of
-    each group, R of two.
+    To the inputs of the four groups, and to the block's end, the dense stream passes every linear once, the compressed
+    one q, k, v, gate and up twice and the other two once. H and C of each group, R of two.
     """
-    block = 2 * (4 * HIDDEN**2 + 3 * HIDDEN * FEED_FORWARD)
+    linears = 2 * ((4 + 7) * HIDDEN**2 + (3 + 5) * HIDDEN * FEED_FORWARD)
     moments = 4 * (3 * HIDDEN**2 + FEED_FORWARD**2) + 2 * HIDDEN * (HIDDEN + FEED_FORWARD)
-    return 4 * block + moments
+    return linears + moments
 
 
 def main() -> int:

@@ -36,6 +36,7 @@ from .join import NONE, stored_names
 from .model import join_linears, one_line, replace_linear, weight_files
 
 EMBEDDING, HEAD, NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"
+MIDDLE = "post_attention_layernorm"  # the module of a block whose input stands between attention and MLP
 SHAPES_KEPT = 4  # batch shapes whose block arguments are kept
 WINDOW_MEMORY = 2 << 30  # bytes for the intermediate results of all windows that run side by side
 SPARE = 64 << 20  # bytes of a disk that activations leave free
@@ -120,6 +121,14 @@ class BlockModel:
         """
         arguments = self._block_arguments(hidden.shape[0], hidden.shape[1])[index]
         return block(hidden.to(self.device, self.dtype), **arguments)
+
+    def run_mlp(self, block: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+        """The output of `block` on what its MLP is added to: hidden states [n, length, d] behind its attention.
+
+        The same numbers as by `run`, for blocks that have a MIDDLE.
+        """
+        hidden = hidden.to(self.device, self.dtype)
+        return hidden + block.mlp(getattr(block, MIDDLE)(hidden))
 
     @property
     def norm(self) -> nn.Module:

@@ -14,6 +14,9 @@ them has done to their input and to the residual stream (the pre-tuning of the d
 
 Then W* is factorized with H as the metric of its inputs, so that the factors' error is small where inputs are large.
 
+Once a stream's attention is what it will be, the states behind it take the place of the block's input: the passages for
+the later groups begin there.
+
 One block and its factors are in memory at a time, and neither while a linear is factorized, which takes as much again:
 the block is read anew afterwards. The streams are kept by `blocks.Activations`, in memory or in a file.
 A resumed run takes the streams through the finished blocks again, which costs seconds a block. Of several processes
@@ -22,7 +25,7 @@ each has a share of the windows in its streams, and factorizes a share of each g
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
@@ -30,7 +33,7 @@ import torch
 from torch import nn
 
 from . import blocktune, parallel
-from .blocks import Activations, BlockModel, apply_work, block_prefix, linears
+from .blocks import MIDDLE, Activations, BlockModel, apply_work, block_prefix, linears
 from .checkpoint import SIGNS, WorkFolder, block_file
 from .factors import pack_signs
 from .lookup import lookups
@@ -40,7 +43,7 @@ from .threads import in_order, side_by_side
 CORRECTION_RIDGE = 1.0  # δ
 MEMORY_BYTES = 1 << 30  # of each stream, before it is kept in a file
 # the module whose input a linear's output is added to; None: the block's input
-RESIDUAL = {"o_proj": None, "down_proj": "post_attention_layernorm"}
+RESIDUAL = {"o_proj": None, "down_proj": MIDDLE}
 TOKEN_CAP = 100.0  # times the median energy of a token's input; a token above it counts as if it had that much
 
 
@@ -52,16 +55,19 @@ class Streams:
     """Hidden states before the current block, of the dense model and of the one compressed so far.
 
     windows [count, length] of token ids; this process keeps the states of those whose numbers are in `own`. `workers`
-    windows are run side by side.
+    windows are run side by side. Within a block a stream may be `halfway`, then it has the states between attention and
+    MLP; with `keep_inputs` that of the compressed model never is.
     """
 
-    def __init__(self, model: BlockModel, windows: torch.Tensor, work: WorkFolder):
+    def __init__(self, model: BlockModel, windows: torch.Tensor, work: WorkFolder, keep_inputs: bool = False):
         self.model, (self.count, self.length) = model, windows.shape
         self.own = parallel.share(range(self.count))
         windows = parallel.share(windows)
         shape = (*windows.shape, model.config.hidden_size)
         self.workers = model.workers(windows.shape[1], backward=False)
         self.dense, self.compressed = (Activations(*shape, model.dtype, work.path, MEMORY_BYTES) for _ in range(2))
+        self.keep_inputs = keep_inputs
+        self.halfway: set[Activations] = set()
         for number, window in enumerate(windows):
             hidden = model.embed(window[None])
             for stream in (self.dense, self.compressed):
@@ -74,28 +80,46 @@ class Streams:
         return slice(here, here + 1)
 
     def advance(self, index: int, stream: Activations, block: nn.Module) -> None:
-        """Takes one of the streams through block `index`."""
+        """Takes one of the streams through block `index`, or what is left of it."""
 
         @torch.no_grad()
         def one(number: int) -> None:
             place = self.place(number)
-            stream.write(place, self.model.run(index, block, stream.read(place)))
+            stream.write(place, self._run(index, block, stream, stream.read(place)))
 
         with side_by_side(self.workers) as pool:
             list(pool.map(one, self.own))
+        self.halfway.discard(stream)
+
+    def _run(self, index: int, block: nn.Module, stream: Activations, hidden: torch.Tensor) -> torch.Tensor:
+        """The output of block `index` on states of the stream."""
+        if stream in self.halfway:
+            return self.model.run_mlp(block, hidden)
+        return self.model.run(index, block, hidden)
 
     def moments(
         self, index: int, dense: nn.Module, compressed: nn.Module, group: list[str], advance_dense: bool = False
     ):
         """H, C [n_in, n_in] and R [n_out, n_in] or None, float32, of a group of linears of block `index`.
 
+        The groups of a block are asked for in their order, each once; a resumed run leaves out the first ones.
         advance_dense: the dense stream, which passes most of the block for its last group, goes on to the block's end.
         """
         first = group[0].removeprefix(block_prefix(index))
+        modules = dict(dense.named_modules())
         residual = RESIDUAL.get(first.rpartition(".")[2], first)
-        if residual not in (None, first) and residual not in dict(dense.named_modules()):
+        if residual not in (None, first) and residual not in modules:
             residual = first
-        taps = [first] if residual in (None, first) else [residual, first]
+        in_mlp = MIDDLE in modules and first.startswith("mlp.")
+        last, comes_halfway = {self.dense: first, self.compressed: first}, set()
+        if in_mlp:
+            comes_halfway = {self.dense} if self.keep_inputs else {self.dense, self.compressed}
+        elif MIDDLE in modules and residual is None:
+            last[self.dense], comes_halfway = MIDDLE, {self.dense}
+        if advance_dense:
+            last[self.dense] = None
+        comes_halfway -= self.halfway
+        taps = {MIDDLE if comes_halfway else first, residual, first} - {None}
         local = threading.local()  # .seen: the inputs that this thread's passage has met; .last: the one it ends at
 
         @torch.no_grad()
@@ -104,9 +128,11 @@ class Streams:
             for stream, block in ((self.dense, dense), (self.compressed, compressed)):
                 place = self.place(number)
                 hidden = stream.read(place).to(self.model.device)
-                local.seen, local.last = {}, None if advance_dense and stream is self.dense else first
+                local.seen, local.last = {}, last[stream]
                 with contextlib.suppress(_Reached):
-                    stream.write(place, self.model.run(index, block, hidden))
+                    stream.write(place, self._run(index, block, stream, hidden))
+                if stream in comes_halfway and local.last is not None:
+                    stream.write(place, local.seen[MIDDLE])
                 rest = None if residual == first else (hidden if residual is None else local.seen[residual])
                 found.append((local.seen[first].flatten(0, 1), None if rest is None else rest.flatten(0, 1)))
             return found
@@ -123,6 +149,9 @@ class Streams:
                 if r is not None:
                     difference = ((r - r_hat).T @ weighted).float()
                     r_sum = difference if r_sum is None else r_sum.add_(difference)
+        self.halfway |= comes_halfway
+        if advance_dense:
+            self.halfway.discard(self.dense)
         tokens = parallel.total(tokens)
         return [None if value is None else parallel.total(value).div_(tokens) for value in (h, c, r_sum)]
 
@@ -199,7 +228,7 @@ def compress(
     tuning     None for none
     report     gets a block's number and the relative error of its output before and after tuning
     """
-    streams = Streams(model, windows, work)
+    streams = Streams(model, windows, work, keep_inputs=tuning is not None)
     for index in range(len(model)):
         order = groups(model, index, model.block(index), streams.dense.read(slice(0, 1)))
         done: list[str] = []
@@ -281,7 +310,7 @@ def _store(work: WorkFolder, index: int, block: nn.Module, values: dict[str, tor
 
 
 @contextlib.contextmanager
-def tapped(blocks: tuple[nn.Module, ...], names: list[str], local: threading.local) -> Iterator[None]:
+def tapped(blocks: tuple[nn.Module, ...], names: Iterable[str], local: threading.local) -> Iterator[None]:
     """Within, inputs of the named modules are put into `local.seen`; at the one called `local.last` a passage ends."""
 
     def note(name: str, _module, inputs) -> None:

@@ -13,7 +13,7 @@ import torch
 from test_blocks import BLOCKS, HIDDEN, LENGTH, ids, save
 
 from dbf_gguf import blockwise
-from dbf_gguf.blocks import BlockModel, linears, replace
+from dbf_gguf.blocks import MIDDLE, BlockModel, linears, replace
 from dbf_gguf.blockwise import CORRECTION_RIDGE, TOKEN_CAP, Streams, Tuning, compress, corrected, groups
 from dbf_gguf.checkpoint import WorkFolder, block_file
 from dbf_gguf.factorize import InputMoment, factorize
@@ -108,14 +108,60 @@ def test_moments_are_those_of_both_streams(model, work, monkeypatch):
         assert np.allclose(r, (rest[0] - rest[1]).T @ x_hat / len(x), rtol=1e-3, atol=1e-5 * r.abs().max().item())
 
 
-def test_the_last_moments_of_a_block_may_take_the_dense_stream_on(model, work):
-    streams = Streams(model, WINDOWS, work)
+@pytest.mark.parametrize("keep_inputs", [False, True])
+def test_the_last_moments_of_a_block_may_take_the_dense_stream_on(model, work, keep_inputs):
+    streams = Streams(model, WINDOWS, work, keep_inputs)
     dense, other, name = model.block(0), changed(model, 0), "model.layers.0.mlp.down_proj"
     before = streams.dense.read(slice(None))
     there, there_and_on = (streams.moments(0, dense, other, [name], advance_dense=on) for on in (False, True))
     assert all(one.equal(same) for one, same in zip(there, there_and_on, strict=True))
     assert torch.allclose(streams.dense.read(slice(None)), model.run(0, dense, before), atol=1e-5)
-    assert streams.compressed.read(slice(None)).equal(before)
+    assert streams.compressed.read(slice(None)).equal(before) == keep_inputs
+
+
+@pytest.mark.parametrize("model", ["llama-tied", "mistral", "qwen2", "qwen3", "phi3"], indirect=True)
+def test_the_second_half_of_a_block(model):
+    block, hidden, seen = changed(model, 1), model.embed(WINDOWS[:3]), []
+    handle = getattr(block, MIDDLE).register_forward_pre_hook(lambda _, x: seen.append(x[0]))
+    with torch.no_grad():
+        whole = model.run(1, block, hidden)
+        handle.remove()
+        assert model.run_mlp(block, seen[0]).equal(whole) and not seen[0].equal(hidden)
+
+
+@pytest.mark.parametrize("keep_inputs", [False, True])
+@pytest.mark.parametrize("begun_at", [0, 1, 2, 3])
+@pytest.mark.parametrize("model", ["llama-tied", "phi3"], indirect=True)
+def test_passages_from_the_middle_give_the_same(model, work, keep_inputs, begun_at, monkeypatch):
+    """Bit for bit what passages through whole blocks give, also when a resumed run begins within a block."""
+    shorter, longer = (Streams(model, WINDOWS, work, keep_inputs) for _ in range(2))
+    runs, run = [], model.run
+    monkeypatch.setattr(model, "run", lambda *arguments: runs.append(0) or run(*arguments))
+    order = groups(model, 0, model.block(0), model.embed(WINDOWS[:1]))
+    for index in range(2):
+        dense, other = model.block(index), changed(model, index)
+        for place, group in list(enumerate(order))[begun_at if index == 0 else 0 :]:
+            names = [name.replace("layers.0", f"layers.{index}") for name in group]
+            arguments = (index, dense, other, names, place == 3)
+            found = shorter.moments(*arguments)
+            inputs = longer.dense.read(slice(None)), longer.compressed.read(slice(None))
+            wanted = longer.moments(*arguments)
+            for stream, values in zip((longer.dense, longer.compressed), inputs, strict=True):
+                if stream in longer.halfway:  # never let it be
+                    longer.halfway.remove(stream)
+                    stream.write(slice(None), values)
+            assert all(a is b is None or a.equal(b) for a, b in zip(found, wanted, strict=True))
+        for streams in (shorter, longer):
+            streams.advance(index, streams.compressed, other)
+        assert not shorter.halfway
+        for name in ("dense", "compressed"):
+            assert getattr(shorter, name).read(slice(None)).equal(getattr(longer, name).read(slice(None)))
+    # the passages for four groups, and the way to the end: how many begin where the block does
+    runs.clear()
+    for place, group in enumerate(order):
+        shorter.moments(0, model.block(0), model.block(0), group, place == 3)
+    shorter.advance(0, shorter.compressed, model.block(0))
+    assert len(runs) == len(WINDOWS) * (2 + (5 if keep_inputs else 3))
 
 
 def test_no_token_counts_for_much_more_than_the_median(model, work):
@@ -307,11 +353,11 @@ def test_norms_of_a_tuned_block_are_read_before_the_end(model, work):
 
 def test_a_replaced_linear_is_tapped_as_well(model, work):
     """Within a block the first groups are factors already when the later ones are measured."""
-    streams = Streams(model, WINDOWS, work)
+    streams, again = Streams(model, WINDOWS, work), Streams(model, WINDOWS, work)
     dense, other = model.block(0), model.block(0)
     for name, linear in list(linears(0, other).items())[:3]:
         found, _ = factorize(linear.weight[None], 64, iterations=10)
         replace(0, other, name, found[0], torch.float32)
     h, c, _ = streams.moments(0, dense, other, ["model.layers.0.self_attn.o_proj"])
-    same, _, _ = streams.moments(0, dense, dense, ["model.layers.0.self_attn.o_proj"])
+    same, _, _ = again.moments(0, dense, dense, ["model.layers.0.self_attn.o_proj"])
     assert not torch.allclose(h, same, rtol=0.01) and not torch.allclose(h, c, rtol=0.01)
