@@ -2,6 +2,7 @@
 
 `DBFLinear` computes y = a ⊙ (A (m ⊙ (B (b ⊙ x)))) + bias. Its signs are constants, its scales parameters. The signs
 are held in the dtype they are multiplied in: on a CPU casting them at every call would cost more than the product.
+Where products are looked up (`lookup`), int8 does.
 
 `join_linears` makes one linear of some that read the same input, before anything else is done (`join`).
 """
@@ -41,15 +42,15 @@ class DBFLinear(nn.Module):
         self.lookup: Callable[[torch.Tensor], torch.Tensor] | None = None  # computes y without the bias (`lookup`)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x [..., n_in] -> [..., n_out], in x's dtype; products in the signs' dtype."""
-        dtype = self.signs_a.dtype
+        """x [..., n_in] -> [..., n_out], in x's dtype; products in the signs' dtype, in x's where that is int8."""
         if self.lookup is not None and not self.signs_a.requires_grad:
             y = self.lookup(x)
         else:
-            hidden = nn.functional.linear((x * self.scale_b.to(x.dtype)).to(dtype), self.signs_b)
-            y = nn.functional.linear(hidden * self.scale_m.to(dtype), self.signs_a) * self.scale_a.to(dtype)
+            dtype = self.signs_a.dtype if self.signs_a.is_floating_point() else x.dtype
+            hidden = nn.functional.linear((x * self.scale_b.to(x.dtype)).to(dtype), self.signs_b.to(dtype))
+            y = nn.functional.linear(hidden * self.scale_m.to(dtype), self.signs_a.to(dtype)) * self.scale_a.to(dtype)
         if self.bias is not None:
-            y = y + self.bias.to(dtype)
+            y = y + self.bias.to(y.dtype)
         return y.to(x.dtype)
 
 

@@ -531,7 +531,8 @@ class Job:
             return
         begin = time.monotonic()
         teacher, student = self.load_dense(), self.load_dense()
-        apply_work(student, work, self.dtype)
+        looked_up = self.lookups and s.tune == "scales"  # no product needs the signs as floating-point numbers then
+        apply_work(student, work, torch.int8 if looked_up else self.dtype)
         student.set_input_embeddings(teacher.get_input_embeddings())  # one copy in memory
         student.set_output_embeddings(teacher.get_output_embeddings())
         with self.screen.progress("tuning", None) as update, lookup.lookups(student, self.lookups):

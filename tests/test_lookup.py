@@ -95,15 +95,16 @@ def test_product_of_what_does_not_fit_is_refused():
             multiply(*arguments)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int8], ids=str)
 @pytest.mark.parametrize("with_bias", [False, True], ids=["plain", "bias"])
 @pytest.mark.parametrize("leading", [(), (1,), (2, 3)], ids=str)
-def test_linear_and_its_gradients(leading, with_bias):
+def test_linear_and_its_gradients(leading, with_bias, dtype):
     factors = random_factors(160, 96, 64)
     g = torch.Generator().manual_seed(1)
     x = torch.randn(*leading, 64, generator=g, requires_grad=True)
     weight = torch.randn(*leading, 160, generator=g)
     bias = torch.randn(160, generator=g) if with_bias else None
-    layer = DBFLinear(factors, bias)
+    layer = DBFLinear(factors, bias, dtype)
     exact = layer(x)
     with lookups(layer):
         y = layer(x)
@@ -131,11 +132,13 @@ def test_signs_that_are_trained_have_torchs_gradients_and_are_packed_anew():
     assert relative(after, layer(x)) < 1e-3 < relative(before, layer(x))
 
 
-def test_what_does_not_fit_stays_with_torch():
-    layer = DBFLinear(random_factors(65, 96, 64))
-    x = torch.randn(9, 64)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int8], ids=str)
+def test_what_does_not_fit_stays_with_torch(dtype):
+    factors, bias = random_factors(65, 96, 64), torch.randn(65)
+    layer, x = DBFLinear(factors, bias, dtype), torch.randn(9, 64)
     with lookups(layer):
-        assert layer.lookup is None and layer(x).shape == (9, 65)
+        assert layer.lookup is None
+        assert layer(x).equal(DBFLinear(factors, bias)(x))
     other = DBFLinear(random_factors(64, 96, 64))
     with lookups(other, enabled=False):
         assert other.lookup is None
