@@ -54,11 +54,11 @@ class DBFLinear(nn.Module):
         return y.to(x.dtype)
 
 
-_last = threading.local()  # .seen: (linear, its input, its output) of the joint linear that this thread is at
+_last = threading.local()  # .seen: (linear, its input, the parts of its output) of the joint linear it is at
 
 
 class Rows(nn.Module):
-    """Rows `start` to `stop` of a joint linear, in the place of one of its parts.
+    """The rows of one part of a joint linear, in the place of that part.
 
     The first part computes the whole, for the others of this passage too: an attention calls q, k, v one after the
     other with the same tensor, an MLP gate and up. A part that is called otherwise computes the whole anew. What is
@@ -66,21 +66,23 @@ class Rows(nn.Module):
 
     shared  the joint linear in a list that all parts have in common: whoever replaces it does so there (`put`). As a
             module of its own it would appear once for every part.
+    sizes   how many rows each part has; this one is number `place`
     """
 
-    def __init__(self, shared: list[nn.Module], start: int, stop: int):
+    def __init__(self, shared: list[nn.Module], sizes: list[int], place: int):
         super().__init__()
-        self.shared, self.start, self.stop = shared, start, stop
+        self.shared, self.sizes, self.place = shared, sizes, place
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         (linear,) = self.shared
         seen = getattr(_last, "seen", None)
         _last.seen = None
-        known = self.start and seen is not None and seen[0] is linear and seen[1] is x
-        y = seen[2] if known else linear(x)
-        if self.stop < y.shape[-1]:
-            _last.seen = (linear, x, y)
-        return y[..., self.start : self.stop]
+        known = self.place and seen is not None and seen[0] is linear and seen[1] is x
+        # split at once: the gradients of the parts then meet in one tensor, instead of one each that is mostly zeros
+        parts = seen[2] if known else linear(x).split(self.sizes, dim=-1)
+        if self.place + 1 < len(self.sizes):
+            _last.seen = (linear, x, parts)
+        return parts[self.place]
 
 
 def join_linears(model: nn.Module, setting: str) -> None:
@@ -103,10 +105,9 @@ def _join(parent: nn.Module, children: dict[str, nn.Module], found: Join) -> Non
     linear.weight = nn.Parameter(weight, requires_grad=False)
     if bias is not None:
         linear.bias = nn.Parameter(bias, requires_grad=False)
-    shared, start = [linear], 0
-    for part, old in zip(found.parts, parts, strict=True):
-        children[part] = Rows(shared, start, start + old.out_features)
-        start += old.out_features
+    shared, sizes = [linear], [part.out_features for part in parts]
+    for place, part in enumerate(found.parts):
+        children[part] = Rows(shared, sizes, place)
     for name in children:
         delattr(parent, name)
     for name, child in ({found.joint: linear} | children).items():  # it comes first, as its parts did
