@@ -2,7 +2,7 @@
 
 Where a CPU has no bfloat16, tuning multiplies ±1 matrices as if they were any numbers. Sums of four inputs that are
 looked up instead (llama.cpp's CPU kernels of this project, `cuda_patches/src/ggml/src/ggml-cpu/dbf-tables.h`) take a
-half to a quarter of the time. With y = a ⊙ t, t = A h, h = m ⊙ z, z = B (b ⊙ x) and the gradient ȳ of y, the gradients
+quarter to a third of the time. With y = a ⊙ t, t = A h, h = m ⊙ z, z = B (b ⊙ x) and the gradient ȳ of y, the gradients
 need the transposed signs only:
 
     ā = Σ ȳ ⊙ t        u = Aᵀ (a ⊙ ȳ)        m̄ = Σ u ⊙ z        v = Bᵀ (m ⊙ u)        b̄ = Σ v ⊙ x        x̄ = b ⊙ v
