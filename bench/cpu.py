@@ -124,7 +124,7 @@ def compile_kernels(flags: tuple[str, ...], tree: Path, libraries: Path, program
     """
     ggml = tree / "ggml"
     driver = Path(__file__).resolve().parent.parent / "tests" / "dbf_cpu_kernels.cpp"
-    command = [machine.compiler("CXX", "c++", "g++", "clang++"), "-std=c++17", "-O3", "-w"]
+    command = [*machine.compiler("CXX", "c++", "g++", "clang++"), "-std=c++17", "-O3", "-w"]
     command += [*flags, driver, ggml / "src/ggml-cpu/dbf.cpp", "-o", program]
     command += [f"-I{ggml / folder}" for folder in ("include", "src", "src/ggml-cpu")]
     command += [f"-L{libraries}", "-lggml-base", f"-Wl,-rpath,{libraries}", "-pthread"]

@@ -118,6 +118,7 @@ class Streams:
             last[self.dense], comes_halfway = MIDDLE, {self.dense}
         if advance_dense:
             last[self.dense] = None
+            comes_halfway.discard(self.dense)
         comes_halfway -= self.halfway
         taps = {MIDDLE if comes_halfway else first, residual, first} - {None}
         local = threading.local()  # .seen: the inputs that this thread's passage has met; .last: the one it ends at
@@ -131,7 +132,7 @@ class Streams:
                 local.seen, local.last = {}, last[stream]
                 with contextlib.suppress(_Reached):
                     stream.write(place, self._run(index, block, stream, hidden))
-                if stream in comes_halfway and local.last is not None:
+                if stream in comes_halfway:
                     stream.write(place, local.seen[MIDDLE])
                 rest = None if residual == first else (hidden if residual is None else local.seen[residual])
                 found.append((local.seen[first].flatten(0, 1), None if rest is None else rest.flatten(0, 1)))

@@ -343,7 +343,8 @@ def _lock(name: str) -> Iterator[None]:
 
 def _nvcc() -> str | None:
     standard = Path("/usr/local/cuda/bin/nvcc")
-    return compiler("CUDACXX", "nvcc") or (str(standard) if standard.exists() else None)
+    found = compiler("CUDACXX", "nvcc") or [str(standard)] * standard.exists()
+    return found[0] if found else None
 
 
 def check_tools(cuda: bool = False) -> None:

@@ -47,10 +47,9 @@ def faster(device: str, dtype: torch.dtype) -> bool:
 @cache
 def product():
     """The compiled function. Raises DBFError, one line, when it cannot be compiled or loaded here."""
-    path = compiler("CXX", "c++", "g++")
-    if path is None:
+    command = compiler("CXX", "c++", "g++")
+    if not command:
         raise DBFError("there is no C++ compiler (apt-get install g++)")
-    command = [path, *os.environ.get("CXX", "").split()[1:]]  # as in CXX="ccache g++"
     header = data_dir("cuda_patches") / TABLES
     openmp = _openmp()
     version = subprocess.run([*command, "--version"], capture_output=True, text=True).stdout
@@ -67,7 +66,7 @@ def product():
                 done = subprocess.run([*command, *arguments], capture_output=True, text=True)
                 if done.returncode:
                     reason = next((line for line in done.stderr.splitlines() if "error" in line), "no reason given")
-                    raise DBFError(f"{path} cannot compile {SOURCE.name}: {reason}")
+                    raise DBFError(f"{command[0]} cannot compile {SOURCE.name}: {reason}")
             os.replace(f"{made}.so", library)
     try:
         function = ctypes.CDLL(str(library)).dbf_sign_product

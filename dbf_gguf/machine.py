@@ -24,10 +24,13 @@ def available_memory() -> int:
         return physical
 
 
-def compiler(variable: str, *names: str) -> str | None:
-    """What cmake would take: the environment's compiler, else the first of `names` on the PATH."""
-    given = os.environ.get(variable)
-    return shutil.which(given.split()[0]) if given else next(filter(None, map(shutil.which, names)), None)
+def compiler(variable: str, *names: str) -> list[str]:
+    """The command that cmake would take: the environment's compiler, else the first of `names` on the PATH, else []."""
+    given = os.environ.get(variable, "").split()
+    for command in [given] if given else [[name] for name in names]:
+        if path := shutil.which(command[0]):
+            return [path, *command[1:]]  # as in CXX="ccache g++"
+    return []
 
 
 def cuda_driver() -> ctypes.CDLL | None:

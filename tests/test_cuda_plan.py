@@ -42,7 +42,7 @@ def plan(tmp_path_factory):
     compiler = machine.compiler("CXX", "c++", "g++", "clang++")
     source = Path(__file__).parent / "cuda/plan.cpp"
     flags = ["-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", "-fsanitize=undefined", "-fno-sanitize-recover=all"]
-    compiled = run(compiler, *flags, f"-I{KERNELS}", source, "-o", program)
+    compiled = run(*compiler, *flags, f"-I{KERNELS}", source, "-o", program)
     assert compiled.returncode == 0, compiled.stderr
 
     def call(requests):

@@ -54,7 +54,7 @@ class Emulator:
         self.root = root
         self.folder = folder
         self.kernels = kernels  # the folder of dbf-kernels.cuh and dbf-launch.h
-        self.compiler = [machine.compiler("CXX", "g++", "c++")]
+        self.compiler = machine.compiler("CXX", "g++", "c++")
         if shutil.which("ccache"):
             self.compiler.insert(0, "ccache")
 
