@@ -7,41 +7,76 @@ the gradient with respect to the body's output is written down in closed form:
     cross-entropy   ∂/∂logits = softmax(student) − onehot(next token)
     KL(p ‖ q)       ∂/∂logits = softmax(student) − softmax(teacher)
 
-Both are summed over tokens; callers divide.
+Both are summed over tokens; callers divide. On a CPU the vocabulary is cut into pieces too: all that is done to
+the logits of one, after its product with the head, is done in the cache.
 """
 
 import torch
 
 PIECE = 256  # tokens whose logits exist at a time
+VOCABULARY_PIECE = 2048  # on a CPU
+
+Pieces = list[torch.Tensor]  # float32 [n, piece of the vocabulary] each
 
 
 def cross_entropy(hidden: torch.Tensor, head: torch.Tensor, targets: torch.Tensor, gradient: bool = True):
     """Sum of next-token losses of hidden [n, d], head [vocabulary, d], targets [n]; its gradient [n, d] or None."""
-    total, grads = 0.0, []
+    total, gradients = 0.0, []
     for h, t in zip(hidden.split(PIECE), targets.split(PIECE), strict=True):
-        logits = (h @ head.T).float()
-        log_z = logits.logsumexp(dim=1)
-        total += (log_z - logits.gather(1, t[:, None])[:, 0]).sum().item()
+        rest = []
+        for log_q, begin in zip(log_probabilities(h, head), range(0, len(head), _piece(head)), strict=True):
+            here = ((t >= begin) & (t < begin + log_q.shape[1])).nonzero()[:, 0]
+            place = here, t[here] - begin
+            total -= log_q[place].sum().item()
+            if gradient:
+                log_q.exp_()[place] -= 1
+                rest.append(log_q)
         if gradient:
-            p = logits.sub_(log_z[:, None]).exp_()
-            p[torch.arange(len(t), device=t.device), t] -= 1
-            grads.append(p.to(head.dtype) @ head)
-    return total, torch.cat(grads) if gradient else None
-
-
-def log_probabilities(hidden: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
-    """Of every token of the vocabulary after hidden [n, d], float32 [n, vocabulary]."""
-    return torch.log_softmax((hidden @ head.T).float(), dim=1)
+            gradients.append(_times(rest, head))
+    return total, torch.cat(gradients) if gradient else None
 
 
 def kl_divergence(student: torch.Tensor, teacher: torch.Tensor, head: torch.Tensor, gradient: bool = True):
     """Sum over tokens of KL(teacher ‖ student), from hidden states [n, d]; and its gradient for `student` or None."""
-    total, grads = 0.0, []
+    total, gradients = 0.0, []
     for s, t in zip(student.split(PIECE), teacher.split(PIECE), strict=True):
-        log_q = log_probabilities(s, head)
-        log_p = log_probabilities(t, head)
-        p = log_p.exp()
-        total += torch.dot(p.flatten(), log_p.sub_(log_q).flatten()).item()
+        log_q, log_p = log_probabilities(s, head), log_probabilities(t, head)
+        total += kl_of_logs(log_p, log_q, gradient)
         if gradient:
-            grads.append(log_q.exp_().sub_(p).to(head.dtype) @ head)
-    return total, torch.cat(grads) if gradient else None
+            gradients.append(_times(log_q, head))
+    return total, torch.cat(gradients) if gradient else None
+
+
+def log_probabilities(hidden: torch.Tensor, head: torch.Tensor) -> Pieces:
+    """Of every token of the vocabulary after hidden [n, d], n no more than PIECE."""
+    pieces, log_z = [], []
+    for rows in head.split(_piece(head)):
+        pieces.append((hidden @ rows.T).float())
+        log_z.append(pieces[-1].logsumexp(dim=1))
+    log_z = torch.stack(log_z).logsumexp(dim=0)[:, None]
+    for logits in pieces:
+        logits.sub_(log_z)
+    return pieces
+
+
+def kl_of_logs(log_p: Pieces, log_q: Pieces, gradient: bool) -> float:
+    """Sum over tokens of KL(p ‖ q) from what `log_probabilities` gives; with `gradient`, q − p takes log_q's place."""
+    total = 0.0
+    for of_p, of_q in zip(log_p, log_q, strict=True):
+        p = of_p.exp()
+        total += torch.dot(p.flatten(), (of_p - of_q).flatten()).item()
+        if gradient:
+            of_q.exp_().sub_(p)
+    return total
+
+
+def _piece(head: torch.Tensor) -> int:
+    return VOCABULARY_PIECE if head.device.type == "cpu" else len(head)
+
+
+def _times(pieces: Pieces, head: torch.Tensor) -> torch.Tensor:
+    """The product of [n, vocabulary] in pieces with head [vocabulary, d], in the head's dtype."""
+    total = 0
+    for piece, rows in zip(pieces, head.split(_piece(head)), strict=True):
+        total += (piece.to(head.dtype) @ rows).float()
+    return total.to(head.dtype)

@@ -44,7 +44,7 @@ from .checkpoint import WorkFolder, write_atomically
 from .errors import DBFError
 from .factorize import InputMoment, factorize
 from .factors import BLOCK, Factors
-from .loss import log_probabilities
+from .loss import Pieces, kl_of_logs, log_probabilities
 from .threads import in_order, side_by_side
 
 CURVE_BITS = (1.0, 2.0)  # the effect is measured at the second
@@ -176,15 +176,15 @@ def _effects(
     norm, head = model.norm, model.head
 
     @torch.no_grad()
-    def one(number: int, log_p: torch.Tensor, p: torch.Tensor, place: slice) -> float:
+    def one(number: int, log_p: Pieces, place: slice) -> float:
         log_q = log_probabilities(norm(states.read(place.start + number).to(head.device)), head)
-        return torch.dot(p.flatten(), log_q.neg_().add_(log_p).flatten()).item()
+        return kl_of_logs(log_p, log_q, gradient=False)
 
     totals = dict.fromkeys(places, 0.0)
     with side_by_side(workers) as pool:
         for number, window in enumerate(hidden):
             log_p = log_probabilities(norm(window), head)
-            found = pool.map(partial(one, number, log_p, log_p.exp()), places.values())
+            found = pool.map(partial(one, number, log_p), places.values())
             for name, kl in zip(places, found, strict=True):
                 totals[name] += kl
     return {name: max(total / hidden[..., 0].numel(), LEAST_EFFECT) for name, total in totals.items()}

@@ -239,9 +239,10 @@ LOSSES = pytest.mark.parametrize("kind", ["cross_entropy", "kl_divergence"])
 
 
 @LOSSES
-@pytest.mark.parametrize("vocabulary", [2, 211])
+@pytest.mark.parametrize(("vocabulary", "piece"), [(2, 2048), (211, 2048), (211, 64), (128, 64)])
 @pytest.mark.parametrize("n", [1, loss.PIECE - 1, loss.PIECE, loss.PIECE + 1, 2 * loss.PIECE + 77])
-def test_loss_and_closed_form_gradient(kind, n, vocabulary):
+def test_loss_and_closed_form_gradient(kind, n, vocabulary, piece, monkeypatch):
+    monkeypatch.setattr(loss, "VOCABULARY_PIECE", piece)
     inputs = loss_inputs(n, vocabulary)
     kept = [t.clone() for t in inputs]
     wanted, wanted_gradient = reference_loss(kind, *inputs)
@@ -254,7 +255,9 @@ def test_loss_and_closed_form_gradient(kind, n, vocabulary):
 
 
 @LOSSES
-def test_loss_with_a_bfloat16_head(kind):
+@pytest.mark.parametrize("piece", [2048, 16])
+def test_loss_with_a_bfloat16_head(kind, piece, monkeypatch):
+    monkeypatch.setattr(loss, "VOCABULARY_PIECE", piece)
     student, teacher, head, targets = (t.bfloat16() if t.is_floating_point() else t for t in loss_inputs(300, 211))
     wanted, wanted_gradient = reference_loss(kind, student, teacher, head, targets)
     value, gradient = call_loss(kind, student, teacher, head, targets)
