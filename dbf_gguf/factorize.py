@@ -42,7 +42,9 @@ from .factors import Factors
 OUTER_ITERATIONS = 180
 RHO = (0.3, 1.0)  # of the Gram matrix' diagonal, which is 1; from the first iteration to the last
 RIDGE = (0.5, 0.02)
-METRIC_RIDGE = (0.2, 0.02)  # with a metric, which itself keeps S from fitting noise where inputs are small
+# With a metric, which itself keeps S from fitting noise where inputs are small, both begin lower. Three linears of
+# SmolLM2 after 30, 80 and 160 iterations: the error is 0.8 to 2.4 % lower than with the ρ above.
+METRIC_RHO, METRIC_RIDGE = (0.2, 1.0), (0.2, 0.02)
 CG_STEPS = 3  # the exact solution gives no lower error
 DAMPING = 0.2  # of H's mean eigenvalue: without it the noise of H's small eigenvalues, a sample's, is fitted
 TINY = 1e-20
@@ -82,7 +84,7 @@ class _Side:
         """
         gram = torch.bmm(image, fixed.transpose(1, 2), out=self.gram)
         torch.bmm(image, self.target, out=self.right)
-        # λ + ρ is never below 0.6, more than what rounding G to bfloat16 can take from its least eigenvalue.
+        # λ + ρ is never below 0.39, more than what rounding G to bfloat16 can take from its least eigenvalue.
         gram = gram.to(torch.float32, copy=True)
         gram.diagonal(dim1=1, dim2=2).add_(ridge + rho)
         root, _ = torch.linalg.cholesky_ex(gram)
@@ -223,9 +225,10 @@ def factorize(
     side_b = _Side(start_b.expand(batch, -1, -1), low)
     fixed = (start_b.float() / start_b.float().norm(dim=1, keepdim=True)).to(dtype).expand(batch, -1, -1)
     del start_a, start_b  # large
+    ends = (RHO, RIDGE) if metric is None else (METRIC_RHO, METRIC_RIDGE)
     for t in range(iterations):
         done = min(1.0, t / max(1, iterations - 3))
-        rho, ridge = _anneal(RHO, done), _anneal(RIDGE if metric is None else METRIC_RIDGE, done)
+        rho, ridge = (_anneal(pair, done) for pair in ends)
         if metric is None:
             side_a.half_step(fixed, fixed, rho, ridge)
             side_b.half_step(side_a.unit, side_a.unit, rho, ridge)

@@ -13,7 +13,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from dbf_gguf.factorize import RHO, RIDGE, InputMoment, _anneal, _Metric, _refit, _Side, factorize
+from dbf_gguf.factorize import (
+    METRIC_RHO,
+    METRIC_RIDGE,
+    RHO,
+    RIDGE,
+    InputMoment,
+    _anneal,
+    _Metric,
+    _refit,
+    _Side,
+    factorize,
+)
 from dbf_gguf.factors import Factors
 
 _SPEC = importlib.util.spec_from_file_location(
@@ -328,7 +339,8 @@ def test_all_zero_matrix():
     assert factors.dense().abs().max() < 1e-6
 
 
-def test_nearly_parallel_rows_in_bfloat16():
+@pytest.mark.parametrize("ends", [(RHO, RIDGE), (METRIC_RHO, METRIC_RIDGE)])
+def test_nearly_parallel_rows_in_bfloat16(ends):
     """Rounded to bfloat16 their Gram matrix is indefinite; the damping has to outweigh that at every iteration."""
     generator = torch.Generator().manual_seed(0)
     k, n = 768, 96
@@ -338,7 +350,7 @@ def test_nearly_parallel_rows_in_bfloat16():
     gram = (fixed @ fixed.transpose(1, 2))[0].double()
     assert torch.linalg.eigvalsh(gram)[0] < -0.1, "no such case: choose another matrix"
     target = torch.randn(1, n, n, generator=generator).bfloat16()
-    rho, ridge = min(((_anneal(RHO, t / 99), _anneal(RIDGE, t / 99)) for t in range(100)), key=sum)
+    rho, ridge = min(([_anneal(pair, t / 99) for pair in ends] for t in range(100)), key=sum)
     side = _Side(torch.randn(1, k, n, generator=generator).bfloat16(), target)
     side.half_step(fixed, fixed, rho, ridge)
     assert side.u.abs().max() < 100
