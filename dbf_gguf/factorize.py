@@ -15,7 +15,7 @@ being fitted to the noise of an opposite factor whose signs still change.
 
 How this differs from the plain method (`bench/factorize.py` has it, as reference):
 
-- λ is annealed from 0.5 to 0.02, not fixed at 0.03, and ρ geometrically from 0.3, not as (t / T)³: the error ends
+- λ is annealed from 0.5 to 0.02, not fixed at 0.03, and ρ geometrically up to 1, not as (t / T)³: the error ends
   lower after fewer iterations, 180 instead of 260.
 - One inner step a half step instead of three: each factor meets the other's newest state, and one Cholesky serves it.
 - One power iteration instead of five: the rank-1 vectors are warm-started.
