@@ -67,11 +67,14 @@ class InstructionSet:
     needs: tuple[str, ...]  # flags in /proc/cpuinfo
 
 
+AVX2 = ("-mavx2", "-mfma", "-mf16c")
 INSTRUCTION_SETS = {
     "generic": InstructionSet((), ()),
-    "avx2": InstructionSet(("-mavx2", "-mfma", "-mf16c"), ("avx2", "fma", "f16c")),
-    "avx512": InstructionSet(("-march=skylake-avx512",), ("avx512bw", "avx512dq", "avx512vl")),
-    "avx512vnni": InstructionSet(("-march=cascadelake",), ("avx512bw", "avx512_vnni")),
+    "avx2": InstructionSet(AVX2, ("avx2", "fma", "f16c")),
+    "avx512": InstructionSet(
+        (*AVX2, "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vbmi", "-mavx512vnni"),
+        ("avx512bw", "avx512dq", "avx512vl", "avx512vbmi", "avx512_vnni"),
+    ),
 }
 N_IN, K, N_OUT = 4096, 3072, 4096  # --micro: 1.5 bits
 LAYOUTS = ("tiles", "rows")  # of the signs in memory: as the loader puts them for some kernels, and as in the file

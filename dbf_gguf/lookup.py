@@ -117,7 +117,7 @@ class _Lookup:
         """x [..., n_in] -> y [..., n_out] without the bias."""
         linear = self.linear
         scales = linear.scale_b, linear.scale_m, linear.scale_a
-        return _Product.apply(x.reshape(-1, x.shape[-1]), *scales, self.packed()).view(*x.shape[:-1], -1)
+        return _Product.apply(x.reshape(-1, x.shape[-1]).float(), *scales, self.packed()).view(*x.shape[:-1], -1)
 
 
 class _Product(torch.autograd.Function):

@@ -1,15 +1,13 @@
 // y = sa * (A @ (sm * (B @ (sb * x)))) with A and B matrices of signs (see ggml-dbf.h).
 //
-// Two fast paths. CPUs with a byte shuffle look up sums of four inputs: dbf-tables.h. The other one is here, and computes
-// a few tokens with AVX-512 and everything on CPUs without such a shuffle.
-//
-// How this one works. A vector v is rounded to 16-bit integers with one scale, v ~ d*q with |q| <= 127*256 + 127, and
+// CPUs with a byte shuffle look up sums of four inputs: dbf-tables.h. This is how all others do it, in plain C:
+// a vector v is rounded to 16-bit integers with one scale, v ~ d*q with |q| <= 127*256 + 127, and
 // q is kept as two planes of bytes, q = 256*hi + lo. With w the bits of a row of signs (1 = +1, 0 = -1),
 //
 //   row @ v = d * sum((2*w - 1)*q) = d * (2*S - sum(q)),    S = 256*sum(w*hi) + sum(w*lo)
 //
-// and both sums of S are plain u8 x s8 dot products, the thing that VNNI is good at. Expanding the bits of w
-// to bytes is what costs, so it is shared by both planes and by several tokens, and several rows share the loads of v.
+// and both sums of S are sums of masked bytes, of which a vector holds many. Expanding the bits of w to bytes is what
+// costs, so it is shared by both planes and by several tokens, and several rows share the loads of v.
 //
 // Two planes and not one: the factors multiply rounding errors of both products, and with 8 bits a token the logits of a
 // model are off by several percent. At 16 bits the relative error of a product is at most 1e-5 * max|v|/rms(v).
@@ -28,29 +26,20 @@
 #include <cstdint>
 #include <cstring>
 
-#if defined(__AVX512BW__)
-#include <immintrin.h>
-#endif
-
 namespace {
 
 constexpr int64_t QMAX     = 127*256 + 127;
-constexpr int64_t PLANE    = 64;        // planes are padded with zeros to whole AVX-512 vectors
 constexpr int64_t ROWS     = 4;         // rows that share the loads of v
 constexpr int64_t TOKENS   = 2;         // tokens that share the expansion of the signs
 constexpr size_t  Q_TILE   = 128*1024;  // bytes of q that should stay in L2 while the signs stream past
 constexpr int64_t PREFETCH = 4096;      // bytes ahead; the hardware prefetchers stop at the short rows
 
-// one quantized vector: v ~ d * (256*hi + lo), planes at q and q + n_pad
+// one quantized vector: v ~ d * (256*hi + lo), planes at q and q + n
 struct vec_info {
     float   d;
     int32_t sum_hi;
     int32_t sum_lo;
 };
-
-int64_t plane_size(int64_t n) {
-    return GGML_PAD(n, PLANE);
-}
 
 // A vector with a NaN or an infinity gets d = NaN, so that the whole result is NaN like that of a dense product;
 // q stays finite and the integer sums are defined.
@@ -65,13 +54,12 @@ void quantize_vec(const float * v, int64_t n, int8_t * q, vec_info & info) {
     float amax;
     memcpy(&amax, &max_bits, sizeof(amax));
 
-    const int64_t n_pad = plane_size(n);
     int8_t * hi = q;
-    int8_t * lo = q + n_pad;
+    int8_t * lo = q + n;
 
     const bool finite = max_bits < 0x7f800000;
     if (!finite || amax < 1e-30f) { // below, 1/d overflows
-        memset(q, 0, 2*n_pad);
+        memset(q, 0, 2*n);
         info = { finite ? 0.0f : NAN, 0, 0 };
         return;
     }
@@ -95,8 +83,6 @@ void quantize_vec(const float * v, int64_t n, int8_t * q, vec_info & info) {
         sum_hi += h;
         sum_lo += l;
     }
-    memset(hi + n, 0, n_pad - n);
-    memset(lo + n, 0, n_pad - n);
 
     info = { d, sum_hi, sum_lo };
 }
@@ -109,77 +95,9 @@ inline uint32_t load_signs(const uint8_t * w) {
     return signs;
 }
 
-#if defined(__AVX512F__) && defined(__AVX512BW__)
-
-inline __m512i dot_add(__m512i acc, __m512i w, __m512i v) {
-#if defined(__AVX512VNNI__)
-    return _mm512_dpbusd_epi32(acc, w, v);
-#else
-    // w is 0 or 1: the pair sums fit 16 bits
-    return _mm512_add_epi32(acc, _mm512_madd_epi16(_mm512_maddubs_epi16(w, v), _mm512_set1_epi16(1)));
-#endif
-}
-
-template <int R, int T>
-void sum_rows(const uint8_t * w, size_t nb_w, const int8_t * q, int64_t n, int32_t (*s)[T][2]) {
-    const int64_t n_pad = plane_size(n);
-    const __m512i one   = _mm512_set1_epi8(1);
-
-    __m512i acc[R][T][2];
-    for (int r = 0; r < R; ++r) {
-        for (int t = 0; t < T; ++t) {
-            acc[r][t][0] = acc[r][t][1] = _mm512_setzero_si512();
-        }
-    }
-
-    // no branch on the way: with one, gcc moves every accumulator twice in each step
-    const auto step = [&](int64_t i, const auto & load_mask) {
-        __m512i bytes[R];
-        for (int r = 0; r < R; ++r) {
-            bytes[r] = _mm512_maskz_mov_epi8(load_mask(w + r*nb_w + i/8), one);
-        }
-        for (int t = 0; t < T; ++t) {
-            const __m512i hi = _mm512_loadu_si512(q + (2*t + 0)*n_pad + i);
-            const __m512i lo = _mm512_loadu_si512(q + (2*t + 1)*n_pad + i);
-            for (int r = 0; r < R; ++r) {
-                acc[r][t][0] = dot_add(acc[r][t][0], bytes[r], hi);
-                acc[r][t][1] = dot_add(acc[r][t][1], bytes[r], lo);
-            }
-        }
-    };
-
-    const int64_t n_full = n/64*64;
-    for (int64_t i0 = 0; i0 < n_full; i0 += 512) { // 64 bytes of signs
-        for (int r = 0; r < R; ++r) {
-            dbf_prefetch(w + r*nb_w + i0/8 + PREFETCH);
-        }
-        const int64_t i1 = std::min(n_full, i0 + 512);
-        for (int64_t i = i0; i < i1; i += 64) {
-            step(i, [](const uint8_t * p) {
-                uint64_t signs;
-                memcpy(&signs, p, sizeof(signs));
-                return (__mmask64) signs;
-            });
-        }
-    }
-    if (n_full < n) { // the last 32
-        step(n_full, [](const uint8_t * p) { return (__mmask64) load_signs(p); });
-    }
-
-    for (int r = 0; r < R; ++r) {
-        for (int t = 0; t < T; ++t) {
-            s[r][t][0] = _mm512_reduce_add_epi32(acc[r][t][0]);
-            s[r][t][1] = _mm512_reduce_add_epi32(acc[r][t][1]);
-        }
-    }
-}
-
-#else
-
 // Plain C: the inner loop has a fixed length and no branch, so that compilers vectorize it on any target.
 template <int R, int T>
 void sum_rows(const uint8_t * w, size_t nb_w, const int8_t * q, int64_t n, int32_t (*s)[T][2]) {
-    const int64_t n_pad = plane_size(n);
     memset(s, 0, R*sizeof(*s));
 
     for (int64_t i = 0; i < n; i += 32) {
@@ -195,7 +113,7 @@ void sum_rows(const uint8_t * w, size_t nb_w, const int8_t * q, int64_t n, int32
             }
             for (int t = 0; t < T; ++t) {
                 for (int plane = 0; plane < 2; ++plane) {
-                    const int8_t * v = q + (2*t + plane)*n_pad + i;
+                    const int8_t * v = q + (2*t + plane)*n + i;
                     int32_t sum = 0;
                     for (int j = 0; j < 32; ++j) {
                         sum += (int8_t) (mask[j] & v[j]);
@@ -207,12 +125,19 @@ void sum_rows(const uint8_t * w, size_t nb_w, const int8_t * q, int64_t n, int32
     }
 }
 
-#endif
-
 // ---- out[t*n_out + r] = scale[r] * (row r of W) @ v_t for rows [r0, r1)
 
 float get_scale(const ggml_tensor * s, int64_t i) {
     return s->type == GGML_TYPE_F16 ? GGML_CPU_FP16_TO_FP32(((const ggml_fp16_t *) s->data)[i]) : ((const float *) s->data)[i];
+}
+
+// those of rows [r, r + n)
+void get_scales(const ggml_tensor * s, int64_t r, int64_t n, float * scale) {
+    if (s->type == GGML_TYPE_F16) {
+        ggml_cpu_fp16_to_fp32((const ggml_fp16_t *) s->data + r, scale, n);
+    } else {
+        memcpy(scale, (const float *) s->data + r, n*sizeof(float));
+    }
 }
 
 template <int R, int T>
@@ -234,13 +159,11 @@ void mul_block(const ggml_tensor * W, const float * scale, const int8_t * q, con
 
 template <int R>
 void mul_rows(const ggml_tensor * W, const ggml_tensor * s, const int8_t * q, const vec_info * info, int64_t n_vec, int64_t r, float * out) {
-    const int64_t nb_q  = 2*plane_size(W->ne[0]);
+    const int64_t nb_q  = 2*W->ne[0];
     const int64_t n_out = W->ne[1];
 
     float scale[R];
-    for (int j = 0; j < R; ++j) {
-        scale[j] = get_scale(s, r + j);
-    }
+    get_scales(s, r, R, scale);
 
     int64_t t = 0;
     for (; t + TOKENS <= n_vec; t += TOKENS) {
@@ -253,7 +176,7 @@ void mul_rows(const ggml_tensor * W, const ggml_tensor * s, const int8_t * q, co
 
 void mul_signs(const ggml_tensor * W, const ggml_tensor * s, const int8_t * q, const vec_info * info, int64_t n_vec,
         int64_t r0, int64_t r1, float * out) {
-    const int64_t nb_q = 2*plane_size(W->ne[0]);
+    const int64_t nb_q = 2*W->ne[0];
     const int64_t tile = std::max<int64_t>(TOKENS, Q_TILE/nb_q/TOKENS*TOKENS);
 
     for (int64_t t = 0; t < n_vec; t += tile) {
@@ -273,16 +196,13 @@ void mul_signs(const ggml_tensor * W, const ggml_tensor * s, const int8_t * q, c
 
 #if defined(DBF_TABLES)
 namespace lut = dbf_tables;
-#if !(defined(__AVX512F__) && defined(__AVX512BW__))
-#define DBF_TILES // all products are computed by tables, which take tiles
-#endif
 #endif
 
 const char TILES = 0; // its address in `extra` marks a factor that lies in tiles
 
 // how many of its rows lie in tiles
 int64_t tiled_rows(const ggml_tensor * W) {
-#if defined(DBF_TILES)
+#if defined(DBF_TABLES)
     return W->extra == &TILES ? W->ne[1]/lut::ROWS*lut::ROWS : 0;
 #else
     GGML_UNUSED(W);
@@ -292,10 +212,9 @@ int64_t tiled_rows(const ggml_tensor * W) {
 
 // sign i of row r
 bool is_plus(const ggml_tensor * W, int64_t r, int64_t i) {
-#if defined(DBF_TILES)
+#if defined(DBF_TABLES)
     if (r < tiled_rows(W)) {
-        const uint8_t * tile = (const uint8_t *) W->data + r/lut::ROWS*lut::ROWS*W->nb[1];
-        return (tile[i/8*lut::ROWS + r % lut::ROWS] >> (i % 8)) & 1;
+        return lut::is_plus((const uint8_t *) W->data + r/lut::ROWS*lut::ROWS*W->nb[1], r % lut::ROWS, i);
     }
 #endif
     const block_dbf * row = (const block_dbf *) ((const char *) W->data + r*W->nb[1]);
@@ -326,11 +245,7 @@ const float * input_row(const ggml_tensor * x, int64_t i) {
 // v = sb * x
 void scale_input(const float * x, const ggml_tensor * sb, float * v) {
     const int64_t n = sb->ne[0];
-    if (sb->type == GGML_TYPE_F16) {
-        ggml_cpu_fp16_to_fp32((const ggml_fp16_t *) sb->data, v, n);
-    } else {
-        memcpy(v, sb->data, n*sizeof(float));
-    }
+    get_scales(sb, 0, n, v);
     for (int64_t i = 0; i < n; ++i) {
         v[i] *= x[i];
     }
@@ -339,20 +254,20 @@ void scale_input(const float * x, const ggml_tensor * sb, float * v) {
 // ---- how a product is computed
 
 enum method {
-    METHOD_PLANES,      // planes of bytes, all else
-    METHOD_TABLES,      // a few tokens, one by one, by tables of bytes
-    METHOD_TOKEN_TABLES // many tokens, 16 at a time
+    METHOD_PLANES,        // planes of bytes, all else
+    METHOD_TABLES,        // a few tokens, one by one, by tables of bytes
+    METHOD_SHARED_TABLES, // many tokens by the same tables, which the threads make together for a group of tokens
+    METHOD_TOKEN_TABLES   // many tokens, 16 at a time
 };
 
 #if defined(DBF_TABLES)
-constexpr int64_t FEW = 4; // so many tokens cost, one by one, as much as 16 at a time
+constexpr int64_t FEW   = 4;  // so many tokens cost, one by one, as much as 16 at a time with AVX2
+constexpr int64_t GROUP = 16; // tokens whose tables, 8 bytes a column, should stay in L2 while the signs stream past
 #endif
 
 method choose_method(int64_t n_vec) {
-#if defined(DBF_TILES)
-    return n_vec <= FEW ? METHOD_TABLES : METHOD_TOKEN_TABLES;
-#elif defined(DBF_TABLES)
-    return n_vec <= FEW ? METHOD_PLANES : METHOD_TOKEN_TABLES;
+#if defined(DBF_TABLES)
+    return n_vec <= FEW ? METHOD_TABLES : lut::SINGLES ? METHOD_SHARED_TABLES : METHOD_TOKEN_TABLES;
 #else
     GGML_UNUSED(n_vec);
     return METHOD_PLANES;
@@ -380,7 +295,7 @@ void split_rows(method m, int64_t n, int ith, int nth, int64_t & r0, int64_t & r
 // The work buffer: u, what all threads share of the rounded vectors, and a part for each thread.
 struct work_layout {
     method m;
-    size_t u, q, d, own, nb_own; // offsets; d: the scales, or vec_info
+    size_t u, q, d, own, nb_own; // offsets; q: rounded vectors or their tables, d: their scales, or vec_info
     size_t row, own_q, tables, sums; // offsets within a thread's part
     size_t total;
 
@@ -402,7 +317,7 @@ struct work_layout {
         switch (m) {
             case METHOD_PLANES:
                 {
-                    const size_t nb_q = 2*plane_size(n);
+                    const size_t nb_q = 2*n;
                     own_q  = take(is_private(m, n_vec) ? nb_q : 0);
                     nb_own = offs;
                     offs   = 0;
@@ -416,6 +331,14 @@ struct work_layout {
                     tables = take(n_vec*lut::tables_size(lut::padded(n)));
                     nb_own = offs;
                     offs   = 0;
+                } break;
+            case METHOD_SHARED_TABLES:
+                {
+                    own_q  = take(n*sizeof(int16_t));
+                    nb_own = offs;
+                    offs   = 0;
+                    q = take(GROUP*lut::tables_size(lut::padded(n)));
+                    d = take(GROUP*sizeof(float));
                 } break;
             case METHOD_TOKEN_TABLES:
                 {
@@ -441,21 +364,19 @@ struct work_layout {
 
 #if defined(DBF_TABLES)
 
-// few tokens, by one thread; `next` are the signs to prefetch behind the last of these
-template <typename Get>
-void mul_tables(const ggml_tensor * W, const ggml_tensor * s, int64_t n_vec, const Get & get, int64_t r0, int64_t r1,
-        const void * next, const work_layout & at, char * own, float * out) {
+// one vector's tables; returns their scale
+float make_tables(const float * v, int64_t n, int16_t * q, uint8_t * tables) {
+    const float d = lut::quantize(v, n, q);
+    lut::make_tables(q, n, tables);
+    return d;
+}
+
+// tokens one by one, by one thread; `next` are the signs to prefetch behind the last of these
+void mul_tables(const ggml_tensor * W, const ggml_tensor * s, int64_t n_vec, const float * d, const uint8_t * tables,
+        int64_t r0, int64_t r1, const void * next, float * out) {
     const int64_t n         = W->ne[0];
     const size_t  nb_tables = lut::tables_size(lut::padded(n));
-
-    float d[FEW];
-    for (int64_t t = 0; t < n_vec; ++t) {
-        int16_t * q = (int16_t *) (own + at.own_q);
-        d[t] = lut::quantize(get(t), n, q);
-        lut::make_tables(q, n, (uint8_t *) own + at.tables + t*nb_tables);
-    }
-
-    const int64_t n_tiled = tiled_rows(W);
+    const int64_t n_tiled   = tiled_rows(W);
 
     for (int64_t r = r0; r < r1; r += lut::ROWS) {
         const int64_t   n_rows = std::min(lut::ROWS, r1 - r);
@@ -463,18 +384,53 @@ void mul_tables(const ggml_tensor * W, const ggml_tensor * s, int64_t n_vec, con
         const uint8_t * ahead  = r + n_rows < r1 ? w + n_rows*W->nb[1] : (const uint8_t *) next;
         // rows shorter than a strip: there may be too few behind these to fill it
         const bool      is_end = (W->ne[1] - r - n_rows)*(int64_t) W->nb[1] < lut::STRIP/8;
+        float scale[lut::ROWS];
+        get_scales(s, r, n_rows, scale);
         for (int64_t t = 0; t < n_vec; ++t) {
-            const uint8_t * tables = (const uint8_t *) own + at.tables + t*nb_tables;
             int32_t sums[lut::ROWS];
             if (r < n_tiled) {
-                lut::sum_tile(w, tables, n, ahead, sums);
+                lut::sum_tile(w, tables + t*nb_tables, n, ahead, sums);
             } else {
-                lut::sum_rows(w, W->nb[1], n_rows, is_end, tables, n, ahead, sums);
+                lut::sum_rows(w, W->nb[1], n_rows, is_end, tables + t*nb_tables, n, ahead, sums);
             }
             for (int64_t j = 0; j < n_rows; ++j) {
-                out[t*W->ne[1] + r + j] = get_scale(s, r + j)*d[t]*(float) sums[j];
+                out[t*W->ne[1] + r + j] = scale[j]*d[t]*(float) sums[j];
             }
         }
+    }
+}
+
+// a few vectors: each thread makes all tables for itself
+template <typename Get>
+void mul_few(const ggml_tensor * W, const ggml_tensor * s, int64_t n_vec, const Get & get, int64_t r0, int64_t r1,
+        const void * next, const work_layout & at, char * own, float * out) {
+    const int64_t n      = W->ne[0];
+    uint8_t     * tables = (uint8_t *) own + at.tables;
+
+    float d[FEW];
+    for (int64_t t = 0; t < n_vec; ++t) {
+        d[t] = make_tables(get(t), n, (int16_t *) (own + at.own_q), tables + t*lut::tables_size(lut::padded(n)));
+    }
+    mul_tables(W, s, n_vec, d, tables, r0, r1, next, out);
+}
+
+// many: the threads meet when the tables of a group are made, and when they are read to the end
+template <typename Get>
+void mul_groups(const ggml_compute_params * params, const ggml_tensor * W, const ggml_tensor * s, int64_t n_vec, const Get & get,
+        int64_t r0, int64_t r1, const void * next, const work_layout & at, char * work, char * own, float * out) {
+    const int64_t n      = W->ne[0];
+    uint8_t     * tables = (uint8_t *) work + at.q;
+    float       * d      = (float *) (work + at.d);
+
+    for (int64_t t0 = 0; t0 < n_vec; t0 += GROUP) {
+        const int64_t n_tokens = std::min(GROUP, n_vec - t0);
+        for (int64_t t = params->ith; t < n_tokens; t += params->nth) {
+            d[t] = make_tables(get(t0 + t), n, (int16_t *) (own + at.own_q), tables + t*lut::tables_size(lut::padded(n)));
+        }
+        ggml_barrier(params->threadpool);
+        const void * again = (const char *) W->data + r0*W->nb[1];
+        mul_tables(W, s, n_tokens, d, tables, r0, r1, t0 + GROUP < n_vec ? again : next, out + t0*W->ne[1]);
+        ggml_barrier(params->threadpool);
     }
 }
 
@@ -506,9 +462,7 @@ void mul_token_tables(const ggml_tensor * W, const ggml_tensor * s, int64_t n_ve
             lut::sum_rows_tokens((const uint8_t *) W->data + r*W->nb[1], W->nb[1], n_rows, n_tiled,
                     (const int16_t *) (work + at.q) + t0*n, n, (int16_t *) (own + at.tables), sums);
             float scale[lut::ROW_BLOCK];
-            for (int64_t j = 0; j < n_rows; ++j) {
-                scale[j] = get_scale(s, r + j);
-            }
+            get_scales(s, r, n_rows, scale);
             for (int64_t t = 0; t < std::min(lut::TOKENS, n_vec - t0); ++t) {
                 for (int64_t j = 0; j < n_rows; ++j) {
                     out[(t0 + t)*W->ne[1] + r + j] = scale[j]*d[t]*(float) sums[j*lut::TOKENS + t];
@@ -523,7 +477,7 @@ void mul_token_tables(const ggml_tensor * W, const ggml_tensor * s, int64_t n_ve
 } // namespace
 
 bool ggml_cpu_dbf_has_tiles(void) {
-#if defined(DBF_TILES)
+#if defined(DBF_TABLES)
     return true;
 #else
     return false;
@@ -539,7 +493,7 @@ void ggml_cpu_dbf_set_tiles(ggml_tensor * factor, const void * rows) {
 
     factor->extra = const_cast<char *>(&TILES);
     const int64_t n_tiled = tiled_rows(factor);
-#if defined(DBF_TILES)
+#if defined(DBF_TABLES)
     for (int64_t r = 0; r < n_tiled; r += lut::ROWS) {
         lut::to_tile(src + r*nb, nb, factor->ne[0], dst + r*nb);
     }
@@ -552,7 +506,7 @@ void ggml_cpu_dbf_get_rows(const ggml_tensor * factor, void * rows) {
     const uint8_t * src     = (const uint8_t *) factor->data;
     uint8_t       * dst     = (uint8_t       *) rows;
     const int64_t   n_tiled = tiled_rows(factor);
-#if defined(DBF_TILES)
+#if defined(DBF_TABLES)
     for (int64_t r = 0; r < n_tiled; r += lut::ROWS) {
         for (int64_t c = 0; c < factor->ne[0]; c += lut::STRIP) {
             const int64_t n = std::min(lut::STRIP, factor->ne[0] - c);
@@ -635,9 +589,15 @@ void ggml_compute_forward_dbf_mul_mat(const ggml_compute_params * params, ggml_t
 #if defined(DBF_TABLES)
     if (at.m == METHOD_TABLES) {
         const char * first_of_a = (const char *) A->data + o0*A->nb[1];
-        mul_tables(B, sm, n_vec, scaled_x, k0, k1, first_of_a, at, own, u);
+        mul_few(B, sm, n_vec, scaled_x, k0, k1, first_of_a, at, own, u);
         ggml_barrier(params->threadpool);
-        mul_tables(A, sa, n_vec, middle, o0, o1, first_of_a, at, own, y);
+        mul_few(A, sa, n_vec, middle, o0, o1, first_of_a, at, own, y);
+        return;
+    }
+    if (at.m == METHOD_SHARED_TABLES) {
+        const char * first_of_a = (const char *) A->data + o0*A->nb[1];
+        mul_groups(params, B, sm, n_vec, scaled_x, k0, k1, first_of_a, at, work, own, u);
+        mul_groups(params, A, sa, n_vec, middle, o0, o1, first_of_a, at, work, own, y);
         return;
     }
     if (at.m == METHOD_TOKEN_TABLES) {
@@ -666,7 +626,7 @@ void ggml_compute_forward_dbf_mul_mat(const ggml_compute_params * params, ggml_t
     int8_t   * q    = (int8_t   *) (work + at.q);
     vec_info * info = (vec_info *) (work + at.d);
     for (int64_t t = ith; t < n_vec; t += nth) {
-        quantize_vec(scaled_x(t), n_in, q + t*2*plane_size(n_in), info[t]);
+        quantize_vec(scaled_x(t), n_in, q + t*2*n_in, info[t]);
     }
     ggml_barrier(params->threadpool);
 
@@ -674,7 +634,7 @@ void ggml_compute_forward_dbf_mul_mat(const ggml_compute_params * params, ggml_t
     ggml_barrier(params->threadpool); // also: q is read to the end before it is overwritten
 
     for (int64_t t = ith; t < n_vec; t += nth) {
-        quantize_vec(middle(t), k, q + t*2*plane_size(k), info[t]);
+        quantize_vec(middle(t), k, q + t*2*k, info[t]);
     }
     ggml_barrier(params->threadpool);
 
