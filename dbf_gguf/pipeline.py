@@ -567,7 +567,7 @@ class Job:
         try:
             lookup.product()
         except DBFError as problem:
-            self.screen.line(f"tuning takes half as long again as it could: {problem}")
+            self.screen.line(f"tuning takes longer than it could: {problem}")
             return False
         return True
 

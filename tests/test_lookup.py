@@ -116,6 +116,22 @@ def test_linear_and_its_gradients(leading, with_bias, dtype):
     assert layer(x).equal(exact)  # by torch again
 
 
+def test_linear_in_bfloat16():
+    """Between input and output nothing is rounded to bfloat16, and the gradients of the scales stay float32."""
+    layer = DBFLinear(random_factors(160, 96, 64), None, torch.int8)
+    g = torch.Generator().manual_seed(1)
+    x = torch.randn(5, 64, generator=g).bfloat16().requires_grad_(True)
+    weight = torch.randn(5, 160, generator=g).bfloat16()
+    with lookups(layer):
+        y = layer(x)
+        (y * weight).sum().backward()
+    assert y.dtype == x.grad.dtype == torch.bfloat16
+    wanted, gradients = dense_reference(layer, x.detach().float().requires_grad_(True), None, weight.float())
+    assert relative(y.float(), wanted) < 3e-3 and relative(x.grad.float(), gradients[-1]) < 3e-3
+    for scale, gradient in zip(SCALES, gradients[:-1], strict=True):
+        assert relative(getattr(layer, scale).grad, gradient) < 3e-3
+
+
 def test_signs_that_are_trained_have_torchs_gradients_and_are_packed_anew():
     layer = DBFLinear(random_factors(64, 96, 64))
     x = torch.randn(9, 64)
@@ -241,4 +257,8 @@ def test_where_lookups_are_faster(monkeypatch):
     assert lookup.faster("cpu", torch.float32)
     assert not lookup.faster("cpu", torch.bfloat16) and not lookup.faster("cuda", torch.float32)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
-    assert not lookup.faster("cpu", torch.float32)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True, "amx_bf16": False})
+    assert lookup.faster("cpu", torch.bfloat16)
+    assert not lookup.faster("cpu", torch.float32) and not lookup.faster("cuda", torch.bfloat16)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True, "amx_bf16": True})
+    assert not lookup.faster("cpu", torch.bfloat16)
