@@ -15,9 +15,9 @@ rounded as each form has it:
     fp16, token        half precision after scaling a token by a power of two
 
 The reference is the same model without rounding. Printed are the mean KL divergence a token from it and how much the
-perplexity moves. The kernels use two planes (CUDA: slices; CPUs without a byte shuffle: a scale a token) and sums of four (all
-other CPUs); the bounds are a mean KL divergence of 1e-3 and 0.1 % of perplexity, and the command ends with status 1
-when a form that the kernels use misses them.
+perplexity moves. The kernels use two planes (CUDA: slices; CPUs without a byte shuffle: a scale a token) and sums of
+four (all other CPUs); the bounds are a mean KL divergence of 1e-3 and 0.1 % of perplexity, and the command ends with
+status 1 when a form that the kernels use misses them.
 """
 
 import argparse

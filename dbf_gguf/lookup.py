@@ -40,9 +40,9 @@ FLAGS = ("-O3", "-std=c++17", "-mavx2", "-mfma", "-fPIC", "-fopenmp")
 
 
 def faster(device: str, dtype: torch.dtype) -> bool:
-    """Whether lookups are known to be faster than torch's products in `dtype`: float32 with AVX2, bfloat16 with AVX-512.
+    """Whether lookups are known to be faster than torch's products in `dtype`.
 
-    Not where AMX multiplies bfloat16. Other CPUs that could do them were not measured.
+    They are in float32 with AVX2, and in bfloat16 with AVX-512 but no AMX. Other CPUs were not measured.
     """
     if device != "cpu":
         return False
