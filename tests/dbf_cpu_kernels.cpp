@@ -193,8 +193,8 @@ int main(int argc, char ** argv) {
     for (const auto & shape : shapes) {
         const int64_t n_in = shape[0], k = shape[1], n_out = shape[2];
         for (ggml_type type_s : { GGML_TYPE_F16, GGML_TYPE_F32 }) {
-            for (int64_t n_vec : { 1, 4, 7, 40 }) {
-                if (quick && (n_in*k > 1000000 || (n_vec == 40 && n_in > 1000) || (n_vec == 7 && type_s == GGML_TYPE_F32))) {
+            for (int64_t n_vec : { 1, 4, 7, 16, 17, 40 }) {
+                if (quick && (n_in*k > 1000000 || (n_vec == 40 && n_in > 1000) || ((n_vec == 7 || n_vec > 15) && type_s == GGML_TYPE_F32))) {
                     continue;
                 }
                 ggml_init_params ip = { (size_t) 64 << 20, nullptr, false };
@@ -211,7 +211,7 @@ int main(int argc, char ** argv) {
                 ggml_tensor * op = ggml_dbf_mul_mat(ctx, B, A, sb, sm, sa, x);
 
                 const auto want = compute(op, /*use_ref =*/ true, 1);
-                for (int n_threads : { 1, 3 }) {
+                for (int n_threads : { 1, 3, 9 }) {
                     const auto got = compute(op, false, n_threads);
                     double err = 0.0, sum = 0.0;
                     for (size_t i = 0; i < want.size(); ++i) {

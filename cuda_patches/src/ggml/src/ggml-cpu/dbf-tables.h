@@ -20,17 +20,18 @@
 //
 // The zips cost as much as the lookups. So where a model is loaded into memory of its own, its rows are put into tiles,
 // whose rows are the columns on the right: 16 (or 32) rows, byte by byte, one tile after the other. Rows at the end that
-// do not fill a tile stay as they are.
+// do not fill a tile stay as they are. Of what is in rows, tiles are made for several tokens.
 //
 // T + 8192 is looked up as two digits of 7 bits, hi and lo. Two such digits fit a byte, so only every second result is
 // widened to 16 bits. (With 12 bits, two digits of 6, it would be every fourth, some 6 % faster; random models notice.)
 //
 // With AVX-512 a shuffle takes the tables of four such fours of columns at a time (VBMI), and one instruction adds four
-// neighbouring bytes into 32 bits (VNNI). So there the columns of a tile are words of 32 signs instead of bytes, which
-// takes a quarter fewer instructions and a quarter as many loads of tables: 1.6 times as fast as the code for AVX2 on a
-// Zen 4. CPUs that lack one of the two take that code; in vectors of 64 bytes it is hardly faster there.
+// neighbouring bytes into 32 bits (VNNI). So there the columns of a tile are words of 32 signs instead of bytes. That takes
+// 11 instructions for 512 signs where the code for AVX2 takes 30, and an eighth as many loads of tables; on a Zen 4 it is
+// 1.6 times as fast as long as the signs are in a cache. (Bytes in vectors of 64, 15 instructions, were hardly faster than
+// in those of 32.) CPUs that lack one of the two take the code for AVX2.
 //
-// Many tokens: the tables lie in L1 with the sums of 16 tokens side by side; a lookup is an address, followed by one
+// Many tokens with AVX-512: one by one, the tables of 16 at a time. Else: the tables lie in L1 with the sums of 16 tokens side by side; a lookup is an address, followed by one
 // addition of 16-bit integers, of which every fourth is widened. Nothing is multiplied.
 
 #pragma once
@@ -83,7 +84,7 @@ using bytes = __m512i;
 
 constexpr int64_t ROWS     = 64;
 constexpr int64_t UNIT     = 4;       // bytes of a row that are neighbours in a tile
-constexpr int64_t MAX_COLS = 1 << 20; // whose sums surely fit the 32 bits that they are added in
+constexpr int64_t MAX_COLS = 1 << 20; // whose sums of a digit surely fit the 32 bits that they are added in
 constexpr bool    SINGLES  = true;    // many tokens are fastest one by one: 1.3 times as fast as 16 at a time on a Zen 4
 
 inline bytes load_bytes(const uint8_t * p)      { return _mm512_loadu_si512(p); }
@@ -440,20 +441,30 @@ struct wide_tokens {
 
 #endif
 
-inline int64_t padded(int64_t n) {
-    return (n + STRIP - 1)/STRIP*STRIP;
+// A strip of at most 16 bytes of ROWS rows, `nb` bytes apart, column by column. Where there are only n_rows or n_bytes, nothing
+// else is read, and the rest is zero. `next`, unless null, is what will be read thereafter: ROWS rows are so many streams
+// that no hardware prefetcher follows.
+inline void load_strip(const uint8_t * rows, size_t nb, int64_t n_rows, int64_t n_bytes, const uint8_t * next, bytes * a) {
+    for (int64_t i = 0; next != nullptr && i < ROWS*STRIP/8; i += 64) {
+        dbf_prefetch(next + i);
+    }
+    if (n_rows == ROWS && n_bytes == STRIP/8) {
+        load_strip(rows, nb, a);
+        return;
+    }
+    uint8_t copy[ROWS*STRIP/8] = {};
+    for (int64_t r = 0; r < n_rows; ++r) {
+        memcpy(copy + r*STRIP/8, rows + r*nb, n_bytes);
+    }
+    load_strip(copy, STRIP/8, a);
 }
 
-// One tile: ROWS rows of n signs, `nb` bytes apart, and the same as columns of bytes
-inline void to_tile(const uint8_t * rows, size_t nb, int64_t n, uint8_t * tile) {
-    for (int64_t c = 0; c < n/8; c += 16) {
-        const int64_t n_bytes = std::min<int64_t>(16, n/8 - c);
-        uint8_t copy[ROWS*16] = {};
-        for (int64_t r = 0; r < ROWS; ++r) {
-            memcpy(copy + r*16, rows + r*nb + c, n_bytes);
-        }
+// One tile: n_rows of n signs and zeros for the others of ROWS, and the same column by column
+inline void to_tile(const uint8_t * rows, size_t nb, int64_t n_rows, int64_t n, const uint8_t * next, uint8_t * tile) {
+    for (int64_t c = 0; c < n/8; c += STRIP/8) {
+        const int64_t n_bytes = std::min(STRIP/8, n/8 - c);
         bytes a[16];
-        load_strip(copy, 16, a);
+        load_strip(rows + c, nb, n_rows, n_bytes, next == nullptr ? next : next + c*ROWS, a);
         for (int64_t i = 0; i < n_bytes; ++i) {
             store_bytes(tile + (c + i)*ROWS, a[i]);
         }
@@ -506,47 +517,28 @@ inline float quantize(const float * v, int64_t n, int16_t * q) {
 
 // ---- one token
 
-constexpr size_t tables_size(int64_t n_padded) {
-    return n_padded/4*32;
+constexpr size_t tables_size(int64_t n) {
+    return n/4*32;
 }
 
 inline void make_tables(const int16_t * q, int64_t n, uint8_t * tables) {
-    static const int16_t zeros[32] = {};
-    for (int64_t i = 0; i < padded(n); i += 32) { // whatever the signs behind the end of a row are, they add nothing
-        make_tables32(i < n ? q + i : zeros, tables + i/4*32);
+    for (int64_t i = 0; i < n; i += 32) {
+        make_tables32(q + i, tables + i/4*32);
     }
 }
 
-// Sums T of ROWS rows of signs, `nb` bytes apart. `n_rows` may be less than ROWS. A strip of the last row may be longer than the
-// row: what is read behind it has no effect, and with `is_end`, where the matrix may end there, nothing is read.
-// `next` is what will be read thereafter: ROWS rows are so many streams that no hardware prefetcher follows.
-inline void sum_rows(const uint8_t * w, size_t nb, int64_t n_rows, bool is_end, const uint8_t * tables, int64_t n,
-        const uint8_t * next, int32_t * sums) {
-    std::fill(sums, sums + ROWS, -(int32_t) (padded(n)/4*T_ZERO));
+// Sums T of n_rows of signs, `nb` bytes apart
+inline void sum_rows(const uint8_t * rows, size_t nb, int64_t n_rows, const uint8_t * tables, int64_t n, const uint8_t * next, int32_t * sums) {
+    std::fill(sums, sums + ROWS, (int32_t) -(n/4*T_ZERO));
 
     for (int64_t c0 = 0; c0 < n; c0 += MAX_COLS) {
         digit_sums digits;
         const int64_t c1 = std::min(n, c0 + MAX_COLS);
         for (int64_t c = c0; c < c1; c += STRIP) {
-            for (int64_t i = 0; i < ROWS*STRIP/8; i += 64) {
-                dbf_prefetch(next + c/8*ROWS + i);
-            }
-
-            const uint8_t * strip = w + c/8;
-            size_t nb_strip = nb;
-            uint8_t copy[ROWS*STRIP/8];
-            if (n_rows < ROWS || (is_end && c + STRIP > n)) {
-                memset(copy, 0, sizeof(copy));
-                for (int64_t r = 0; r < n_rows; ++r) {
-                    memcpy(copy + r*STRIP/8, strip + r*nb, std::min(STRIP, n - c)/8);
-                }
-                strip    = copy;
-                nb_strip = STRIP/8;
-            }
-
+            const int64_t n_bytes = std::min(STRIP, c1 - c)/8;
             bytes a[16];
-            load_strip(strip, nb_strip, a);
-            for (int i = 0; i < 16; i += 4) {
+            load_strip(rows + c/8, nb, n_rows, n_bytes, next + c/8*ROWS, a);
+            for (int64_t i = 0; i < n_bytes; i += 4) {
                 digits.add(a + i, tables + c*8 + i*64);
             }
         }
@@ -554,9 +546,9 @@ inline void sum_rows(const uint8_t * w, size_t nb, int64_t n_rows, bool is_end, 
     }
 }
 
-// The same of a tile. `next` is where it goes on behind it.
+// The same of the ROWS rows of a tile. `next` is where it goes on behind it.
 inline void sum_tile(const uint8_t * tile, const uint8_t * tables, int64_t n, const uint8_t * next, int32_t * sums) {
-    std::fill(sums, sums + ROWS, -(int32_t) (n/4*T_ZERO));
+    std::fill(sums, sums + ROWS, (int32_t) -(n/4*T_ZERO));
 
     const int64_t size = n/8*ROWS;
     for (int64_t c0 = 0; c0 < n; c0 += MAX_COLS) {

@@ -127,11 +127,7 @@ void sum_rows(const uint8_t * w, size_t nb_w, const int8_t * q, int64_t n, int32
 
 // ---- out[t*n_out + r] = scale[r] * (row r of W) @ v_t for rows [r0, r1)
 
-float get_scale(const ggml_tensor * s, int64_t i) {
-    return s->type == GGML_TYPE_F16 ? GGML_CPU_FP16_TO_FP32(((const ggml_fp16_t *) s->data)[i]) : ((const float *) s->data)[i];
-}
-
-// those of rows [r, r + n)
+// scales of rows [r, r + n)
 void get_scales(const ggml_tensor * s, int64_t r, int64_t n, float * scale) {
     if (s->type == GGML_TYPE_F16) {
         ggml_cpu_fp16_to_fp32((const ggml_fp16_t *) s->data + r, scale, n);
@@ -229,7 +225,9 @@ void mul_signs_ref(const ggml_tensor * W, const ggml_tensor * s, const float * v
         for (int64_t i = 0; i < W->ne[0]; ++i) {
             sum += is_plus(W, r, i) ? v[i] : -v[i];
         }
-        out[r] = (float) (get_scale(s, r)*sum);
+        float scale;
+        get_scales(s, r, 1, &scale);
+        out[r] = (float) (scale*sum);
     }
 }
 
@@ -261,7 +259,7 @@ enum method {
 };
 
 #if defined(DBF_TABLES)
-constexpr int64_t FEW   = 4;  // so many tokens cost, one by one, as much as 16 at a time with AVX2
+constexpr int64_t FEW   = 4;  // with AVX2 so many tokens cost, one by one, as much as 16 at a time
 constexpr int64_t GROUP = 16; // tokens whose tables, 8 bytes a column, should stay in L2 while the signs stream past
 #endif
 
@@ -296,7 +294,7 @@ void split_rows(method m, int64_t n, int ith, int nth, int64_t & r0, int64_t & r
 struct work_layout {
     method m;
     size_t u, q, d, own, nb_own; // offsets; q: rounded vectors or their tables, d: their scales, or vec_info
-    size_t row, own_q, tables, sums; // offsets within a thread's part
+    size_t row, own_q, tile, tables, sums; // offsets within a thread's part
     size_t total;
 
     work_layout(const ggml_tensor * dst, int n_tasks) {
@@ -313,7 +311,7 @@ struct work_layout {
             return at;
         };
         row   = take(n_in*sizeof(float));
-        own_q = tables = sums = q = d = 0;
+        own_q = tile = tables = sums = q = d = 0;
         switch (m) {
             case METHOD_PLANES:
                 {
@@ -328,16 +326,18 @@ struct work_layout {
             case METHOD_TABLES:
                 {
                     own_q  = take(n*sizeof(int16_t));
-                    tables = take(n_vec*lut::tables_size(lut::padded(n)));
+                    tile   = take(n/8*lut::ROWS);
+                    tables = take(n_vec*lut::tables_size(n));
                     nb_own = offs;
                     offs   = 0;
                 } break;
             case METHOD_SHARED_TABLES:
                 {
                     own_q  = take(n*sizeof(int16_t));
+                    tile   = take(n/8*lut::ROWS);
                     nb_own = offs;
                     offs   = 0;
-                    q = take(GROUP*lut::tables_size(lut::padded(n)));
+                    q = take(GROUP*lut::tables_size(n));
                     d = take(GROUP*sizeof(float));
                 } break;
             case METHOD_TOKEN_TABLES:
@@ -371,27 +371,31 @@ float make_tables(const float * v, int64_t n, int16_t * q, uint8_t * tables) {
     return d;
 }
 
-// tokens one by one, by one thread; `next` are the signs to prefetch behind the last of these
+// tokens one by one, by one thread; `tile` is for rows that are in none, `next` are the signs to prefetch behind the last
+// of these
 void mul_tables(const ggml_tensor * W, const ggml_tensor * s, int64_t n_vec, const float * d, const uint8_t * tables,
-        int64_t r0, int64_t r1, const void * next, float * out) {
+        int64_t r0, int64_t r1, const void * next, uint8_t * tile, float * out) {
     const int64_t n         = W->ne[0];
-    const size_t  nb_tables = lut::tables_size(lut::padded(n));
+    const size_t  nb_tables = lut::tables_size(n);
     const int64_t n_tiled   = tiled_rows(W);
 
     for (int64_t r = r0; r < r1; r += lut::ROWS) {
         const int64_t   n_rows = std::min(lut::ROWS, r1 - r);
         const uint8_t * w      = (const uint8_t *) W->data + r*W->nb[1];
         const uint8_t * ahead  = r + n_rows < r1 ? w + n_rows*W->nb[1] : (const uint8_t *) next;
-        // rows shorter than a strip: there may be too few behind these to fill it
-        const bool      is_end = (W->ne[1] - r - n_rows)*(int64_t) W->nb[1] < lut::STRIP/8;
+        const bool      is_tile = r < n_tiled || n_vec > 1;
+        if (r >= n_tiled && is_tile) {
+            lut::to_tile(w, W->nb[1], n_rows, n, ahead, tile);
+            w = tile;
+        }
         float scale[lut::ROWS];
         get_scales(s, r, n_rows, scale);
         for (int64_t t = 0; t < n_vec; ++t) {
             int32_t sums[lut::ROWS];
-            if (r < n_tiled) {
+            if (is_tile) {
                 lut::sum_tile(w, tables + t*nb_tables, n, ahead, sums);
             } else {
-                lut::sum_rows(w, W->nb[1], n_rows, is_end, tables + t*nb_tables, n, ahead, sums);
+                lut::sum_rows(w, W->nb[1], n_rows, tables, n, ahead, sums);
             }
             for (int64_t j = 0; j < n_rows; ++j) {
                 out[t*W->ne[1] + r + j] = scale[j]*d[t]*(float) sums[j];
@@ -409,9 +413,9 @@ void mul_few(const ggml_tensor * W, const ggml_tensor * s, int64_t n_vec, const 
 
     float d[FEW];
     for (int64_t t = 0; t < n_vec; ++t) {
-        d[t] = make_tables(get(t), n, (int16_t *) (own + at.own_q), tables + t*lut::tables_size(lut::padded(n)));
+        d[t] = make_tables(get(t), n, (int16_t *) (own + at.own_q), tables + t*lut::tables_size(n));
     }
-    mul_tables(W, s, n_vec, d, tables, r0, r1, next, out);
+    mul_tables(W, s, n_vec, d, tables, r0, r1, next, (uint8_t *) own + at.tile, out);
 }
 
 // many: the threads meet when the tables of a group are made, and when they are read to the end
@@ -425,11 +429,11 @@ void mul_groups(const ggml_compute_params * params, const ggml_tensor * W, const
     for (int64_t t0 = 0; t0 < n_vec; t0 += GROUP) {
         const int64_t n_tokens = std::min(GROUP, n_vec - t0);
         for (int64_t t = params->ith; t < n_tokens; t += params->nth) {
-            d[t] = make_tables(get(t0 + t), n, (int16_t *) (own + at.own_q), tables + t*lut::tables_size(lut::padded(n)));
+            d[t] = make_tables(get(t0 + t), n, (int16_t *) (own + at.own_q), tables + t*lut::tables_size(n));
         }
         ggml_barrier(params->threadpool);
-        const void * again = (const char *) W->data + r0*W->nb[1];
-        mul_tables(W, s, n_tokens, d, tables, r0, r1, t0 + GROUP < n_vec ? again : next, out + t0*W->ne[1]);
+        const void * ahead = t0 + GROUP < n_vec ? (const char *) W->data + r0*W->nb[1] : next;
+        mul_tables(W, s, n_tokens, d, tables, r0, r1, ahead, (uint8_t *) own + at.tile, out + t0*W->ne[1]);
         ggml_barrier(params->threadpool);
     }
 }
@@ -495,7 +499,7 @@ void ggml_cpu_dbf_set_tiles(ggml_tensor * factor, const void * rows) {
     const int64_t n_tiled = tiled_rows(factor);
 #if defined(DBF_TABLES)
     for (int64_t r = 0; r < n_tiled; r += lut::ROWS) {
-        lut::to_tile(src + r*nb, nb, factor->ne[0], dst + r*nb);
+        lut::to_tile(src + r*nb, nb, lut::ROWS, factor->ne[0], nullptr, dst + r*nb);
     }
 #endif
     memcpy(dst + n_tiled*nb, src + n_tiled*nb, (factor->ne[1] - n_tiled)*nb);
