@@ -31,8 +31,8 @@
 // 1.6 times as fast as long as the signs are in a cache. (Bytes in vectors of 64, 15 instructions, were hardly faster than
 // in those of 32.) CPUs that lack one of the two take the code for AVX2.
 //
-// Many tokens with AVX-512: one by one, the tables of 16 at a time. Else: the tables lie in L1 with the sums of 16 tokens side by side; a lookup is an address, followed by one
-// addition of 16-bit integers, of which every fourth is widened. Nothing is multiplied.
+// Many tokens: with AVX-512 one by one. Else the tables lie in L1 with the sums of 16 tokens side by side; a lookup is an
+// address, followed by one addition of 16-bit integers, of which every fourth is widened. Nothing is multiplied.
 
 #pragma once
 

@@ -383,7 +383,7 @@ void mul_tables(const ggml_tensor * W, const ggml_tensor * s, int64_t n_vec, con
         const int64_t   n_rows = std::min(lut::ROWS, r1 - r);
         const uint8_t * w      = (const uint8_t *) W->data + r*W->nb[1];
         const uint8_t * ahead  = r + n_rows < r1 ? w + n_rows*W->nb[1] : (const uint8_t *) next;
-        const bool      is_tile = r < n_tiled || n_vec > 1;
+        const bool is_tile = r < n_tiled || n_vec > 1;
         if (r >= n_tiled && is_tile) {
             lut::to_tile(w, W->nb[1], n_rows, n, ahead, tile);
             w = tile;
