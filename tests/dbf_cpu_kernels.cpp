@@ -194,7 +194,7 @@ int main(int argc, char ** argv) {
         const int64_t n_in = shape[0], k = shape[1], n_out = shape[2];
         for (ggml_type type_s : { GGML_TYPE_F16, GGML_TYPE_F32 }) {
             for (int64_t n_vec : { 1, 4, 7, 16, 17, 40 }) {
-                if (quick && (n_in*k > 1000000 || (n_vec == 40 && n_in > 1000) || ((n_vec == 7 || n_vec > 15) && type_s == GGML_TYPE_F32))) {
+                if (quick && (n_in*k > 1000000 || (n_vec == 40 && n_in > 1000) || ((n_vec == 7 || n_vec == 16 || n_vec == 17) && type_s == GGML_TYPE_F32))) {
                     continue;
                 }
                 ggml_init_params ip = { (size_t) 64 << 20, nullptr, false };

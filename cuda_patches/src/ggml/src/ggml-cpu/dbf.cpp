@@ -591,15 +591,14 @@ void ggml_compute_forward_dbf_mul_mat(const ggml_compute_params * params, ggml_t
     }
 
 #if defined(DBF_TABLES)
+    const char * first_of_a = (const char *) A->data + o0*A->nb[1];
     if (at.m == METHOD_TABLES) {
-        const char * first_of_a = (const char *) A->data + o0*A->nb[1];
         mul_few(B, sm, n_vec, scaled_x, k0, k1, first_of_a, at, own, u);
         ggml_barrier(params->threadpool);
         mul_few(A, sa, n_vec, middle, o0, o1, first_of_a, at, own, y);
         return;
     }
     if (at.m == METHOD_SHARED_TABLES) {
-        const char * first_of_a = (const char *) A->data + o0*A->nb[1];
         mul_groups(params, B, sm, n_vec, scaled_x, k0, k1, first_of_a, at, work, own, u);
         mul_groups(params, A, sa, n_vec, middle, o0, o1, first_of_a, at, work, own, y);
         return;
