@@ -157,6 +157,7 @@ class _Run:
         self.pool: ThreadPoolExecutor  # of so many threads, for the windows of a batch
         linears = {name: module for name, module in student.named_modules() if isinstance(module, DBFLinear)}
         self.linears = linears if train_signs else {}
+        self.targets: list[torch.Tensor] | None = None  # what the teacher makes of the windows held out
         self.chosen: SignTraining | None = None
         self.touched: set[str] = set()  # linears whose signs have been trained
         self.step = 0
@@ -199,17 +200,19 @@ class _Run:
 
     def _gradient(self, ids: torch.Tensor, tokens: int) -> tuple[float, torch.Tensor, list[torch.Tensor]]:
         """Sum of the KL over these windows, and the gradients of its `tokens`-th part for δ and the chosen signs."""
-        with torch.no_grad():
-            target = self.hidden(self.teacher, ids)
+        target = self._target(ids)
         hidden = self.hidden(self.student, ids)
         kl, gradient = kl_divergence(hidden.detach().to(self.head.dtype), target, self.head)
         signs = self.chosen.signs if self.chosen else []
         return kl, *self.parameters.gradient(hidden, (gradient / tokens).to(hidden.dtype), signs)
 
     @torch.no_grad()
-    def _kl(self, ids: torch.Tensor) -> float:
-        hidden = self.hidden(self.student, ids).to(self.head.dtype)
-        return kl_divergence(hidden, self.hidden(self.teacher, ids), self.head, gradient=False)[0]
+    def _target(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.hidden(self.teacher, ids)
+
+    @torch.no_grad()
+    def _kl(self, ids: torch.Tensor, target: torch.Tensor) -> float:
+        return kl_divergence(self.hidden(self.student, ids).to(self.head.dtype), target, self.head, gradient=False)[0]
 
     def _choice(self, n: int) -> torch.Tensor:
         """Indices of this step's windows: every epoch goes through all of them in an order of its own."""
@@ -219,12 +222,17 @@ class _Run:
         return order[place * self.batch : (place + 1) * self.batch]
 
     def evaluate(self, windows: torch.Tensor) -> float:
-        """KL per token on `windows`; keeps the state when it is the best so far. Ends the training of signs."""
+        """KL per token on `windows`, always the same; keeps the state when it is the best so far.
+
+        Ends the training of signs.
+        """
         if self.chosen is not None:
             self.chosen.close()
             self.chosen = None
         pieces = [p for p in parallel.share(windows).split(math.ceil(self.share / self.workers)) if len(p)]
-        kl = parallel.total(sum(self.pool.map(self._kl, pieces))) / windows.numel()
+        if self.targets is None:
+            self.targets = list(self.pool.map(self._target, pieces))
+        kl = parallel.total(sum(self.pool.map(self._kl, pieces, self.targets))) / windows.numel()
         self.stale += 1
         if kl < self.best:
             self.best, self.stale = kl, 0

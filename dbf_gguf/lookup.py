@@ -37,6 +37,8 @@ from .paths import cache_dir, data_dir
 SOURCE = Path(__file__).with_name("lookup.cpp")
 TABLES = "src/ggml/src/ggml-cpu/dbf-tables.h"  # in the patch set
 FLAGS = ("-O3", "-std=c++17", "-mavx2", "-mfma", "-fPIC", "-fopenmp")
+DTYPES = (torch.float32, torch.bfloat16)
+AVX512 = ("f", "bw", "vbmi", "vnni")  # what the code for AVX-512 needs
 
 
 def faster(device: str, dtype: torch.dtype) -> bool:
@@ -61,14 +63,17 @@ def product():
     header = data_dir("cuda_patches") / TABLES
     openmp = _openmp()
     version = subprocess.run([*command, "--version"], capture_output=True, text=True).stdout
-    parts = [SOURCE.read_text(), header.read_text(), *FLAGS, *command, version, *openmp]
+    found = torch.cpu.get_capabilities()
+    wide = [f"-mavx512{part}" for part in AVX512] if all(found.get(f"avx512_{part}") for part in AVX512) else []
+    flags = [*FLAGS, *wide]
+    parts = [SOURCE.read_text(), header.read_text(), *flags, *command, version, *openmp]
     folder = cache_dir() / "lookup"
     library = folder / f"{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:16]}.so"
     if not library.exists():
         folder.mkdir(exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as temporary:
             made = Path(temporary) / "lookup"
-            to_object = [*FLAGS, f"-I{header.parent}", "-c", SOURCE, "-o", f"{made}.o"]
+            to_object = [*flags, f"-I{header.parent}", "-c", SOURCE, "-o", f"{made}.o"]
             to_library = ["-shared", f"{made}.o", *openmp, "-o", f"{made}.so"]
             for arguments in (to_object, to_library):
                 done = subprocess.run([*command, *arguments], capture_output=True, text=True)
@@ -81,7 +86,9 @@ def product():
     except OSError as error:
         raise DBFError(f"{library} cannot be loaded: {error}") from None
     pointer, number = ctypes.c_void_p, ctypes.c_int64
-    function.argtypes = [pointer, number, number, pointer, pointer, number, pointer, ctypes.c_int]
+    either = [pointer, ctypes.c_int]  # the address, and whether it is bfloat16
+    inputs, results = [pointer, *either, pointer, pointer], [pointer, pointer, *either, *either, pointer]
+    function.argtypes = [pointer, number, number, number, ctypes.c_int, *inputs, *results]
     function.restype = None
     return function
 
@@ -97,14 +104,40 @@ def _openmp() -> list[str]:
 
 def multiply(packed: torch.Tensor, scale: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """Signs, packed as uint8 [rows, n / 8], times scale ⊙ x, float32 [n] and [tokens, n]: [tokens, rows]."""
-    (rows, columns), tokens = packed.shape, len(x)
-    x, y = x.contiguous(), torch.empty(tokens, rows)
-    if x.shape[1:] != scale.shape or len(scale) != 8 * columns or {x.dtype, scale.dtype} != {torch.float32}:
-        raise ValueError(f"rows of {8 * columns} signs, {len(scale)} scales, vectors {tuple(x.shape)} {x.dtype}")
-    assert packed.is_contiguous() and scale.is_contiguous()
-    sizes, pointers = (rows, 8 * columns), (scale.data_ptr(), x.data_ptr())
-    product()(packed.data_ptr(), *sizes, *pointers, tokens, y.data_ptr(), torch.get_num_threads())
+    y = torch.empty(len(x), len(packed))
+    _multiply(packed, scale, x, y=y)
     return y
+
+
+def _multiply(
+    packed, scale, x, *, x_other=None, x_dots=None, y=None, out_scale=None, scaled=None, other=None, dots=None
+) -> None:
+    """The product p = signs · (scale ⊙ x), of which in the same pass is made what is given:
+
+    x_dots  [n]             Σ x ⊙ x_other, over the tokens
+    y       [tokens, rows]  p
+    scaled  [tokens, rows]  p ⊙ out_scale
+    dots    [rows]          Σ p ⊙ other, over the tokens
+
+    x, scaled and other may be bfloat16, all else is float32.
+    """
+    rows, columns = packed.shape
+    if x.shape[1:] != scale.shape or len(scale) != 8 * columns or scale.dtype != torch.float32 or x.dtype not in DTYPES:
+        raise ValueError(f"rows of {8 * columns} signs, {len(scale)} scales, vectors {tuple(x.shape)} {x.dtype}")
+    x = x.contiguous()
+    rest = (packed, scale, x_other, x_dots, y, out_scale, scaled, other, dots)
+    assert all(tensor is None or tensor.is_contiguous() for tensor in rest)
+
+    def address(tensor):
+        return None if tensor is None else tensor.data_ptr()
+
+    def vectors(tensor):
+        return address(tensor), tensor is not None and tensor.dtype == torch.bfloat16
+
+    sizes = (rows, 8 * columns, len(x), torch.get_num_threads())
+    inputs = (address(scale), *vectors(x), address(x_other), address(x_dots))
+    results = (address(y), address(out_scale), *vectors(scaled), *vectors(other), address(dots))
+    product()(address(packed), *sizes, *inputs, *results)
 
 
 class _Lookup:
@@ -122,10 +155,10 @@ class _Lookup:
         return self.matrices
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """x [..., n_in], of any floating-point dtype -> y [..., n_out], float32, without the bias."""
+        """x [..., n_in], float32 or bfloat16 -> y [..., n_out] of the same dtype, without the bias."""
         linear = self.linear
         scales = linear.scale_b, linear.scale_m, linear.scale_a
-        return _Product.apply(x.reshape(-1, x.shape[-1]).float(), *scales, self.packed()).view(*x.shape[:-1], -1)
+        return _Product.apply(x.reshape(-1, x.shape[-1]).contiguous(), *scales, self.packed()).view(*x.shape[:-1], -1)
 
 
 class _Product(torch.autograd.Function):
@@ -134,17 +167,21 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, scale_b, scale_m, scale_a, packed):
         z = multiply(packed[0], scale_b, x)
-        t = multiply(packed[1], scale_m, z)
+        t, y = torch.empty(len(x), len(scale_a)), x.new_empty(len(x), len(scale_a))
+        _multiply(packed[1], scale_m, z, y=t, out_scale=scale_a, scaled=y)
         ctx.save_for_backward(x, z, t, scale_b, scale_m, scale_a)
         ctx.packed = packed
-        return t * scale_a
+        return y
 
     @staticmethod
-    def backward(ctx, gradient):
-        x, z, t, scale_b, scale_m, scale_a = ctx.saved_tensors
-        u = multiply(ctx.packed[2], scale_a, gradient)
-        v = multiply(ctx.packed[3], scale_m, u)
-        return v * scale_b, (v * x).sum(0), (u * z).sum(0), (gradient * t).sum(0), None
+    def backward(ctx, of_y):
+        x, z, t, *scales = ctx.saved_tensors
+        u, of_x = torch.empty_like(z), torch.empty_like(x)
+        of_b, of_m, of_a = (torch.empty_like(scale) for scale in scales)
+        scale_b, scale_m, scale_a = scales
+        _multiply(ctx.packed[2], scale_a, of_y, x_other=t, x_dots=of_a, y=u, other=z, dots=of_m)
+        _multiply(ctx.packed[3], scale_m, u, out_scale=scale_b, scaled=of_x, other=x, dots=of_b)
+        return of_x, of_b, of_m, of_a, None
 
 
 @contextmanager
