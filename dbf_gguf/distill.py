@@ -15,7 +15,8 @@ What makes it fit for a long night:
 - The windows of step s depend on s and the seed alone, and a snapshot (δ, Adam's moments, the best state) is written at
   every evaluation and every ten minutes. A resumed run repeats the steps since then exactly.
 - On a CPU the windows of a step run side by side, a share of the threads each; their gradients are added in a fixed
-  order, so that the result depends on the number of threads alone.
+  order, so that the result depends on the number of threads alone. Meanwhile the dense model runs on the windows of the
+  next step: a small model leaves the threads idle now and then.
 - Of several processes each takes a share of a step's windows, at least one; so a step may have more of them.
 - The state with the lowest KL on windows that are never trained on is what is returned, and once that has not fallen
   for PATIENCE evaluations it is over.
@@ -24,7 +25,7 @@ What makes it fit for a long night:
 import math
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 
 import torch
@@ -99,7 +100,7 @@ def distill(
 
     timed = []
     recompute = _activation_bytes(student, batch * length) > CHECKPOINT_ABOVE
-    with checkpointing(student, recompute), side_by_side(run.workers) as run.pool:
+    with checkpointing(student, recompute), side_by_side(run.workers) as run.pool, side_by_side(1, 2) as run.ahead:
         if run.step == 0:
             run.evaluate(held_out)
             report(Progress(0, steps, run.best, run.best, run.best))
@@ -153,8 +154,11 @@ class _Run:
         self.adam = torch.optim.Adam([self.delta], lr=0.0, betas=BETAS, eps=1e-12)
         self.head = teacher.get_output_embeddings().weight.detach()
         self.share = math.ceil(batch / parallel.count())  # windows of a step in this process, at most
-        self.workers = min(self.share, torch.get_num_threads()) if self.head.device.type == "cpu" else 1
+        self.on_cpu = self.head.device.type == "cpu"
+        self.workers = min(self.share, torch.get_num_threads()) if self.on_cpu else 1
         self.pool: ThreadPoolExecutor  # of so many threads, for the windows of a batch
+        self.ahead: ThreadPoolExecutor  # of one thread, for the dense model
+        self.upcoming: tuple[int, list] = (-1, [])  # a step, and of each of its pieces the windows and their target
         linears = {name: module for name, module in student.named_modules() if isinstance(module, DBFLinear)}
         self.linears = linears if train_signs else {}
         self.targets: list[torch.Tensor] | None = None  # what the teacher makes of the windows held out
@@ -174,11 +178,12 @@ class _Run:
         """One step; returns the KL per token of its batch."""
         if self.linears and self.step % EVALUATE_EVERY == 0:
             self._choose_linears()
-        ids = windows[self._choice(len(windows))]
-        # a fixed number of pieces, summed in their order: the same result whichever is ready first
-        pieces = parallel.share(ids).chunk(self.workers)
-        parts = list(self.pool.map(lambda part: self._gradient(part, ids.numel()), pieces))
-        kl = parallel.total(sum(part for part, _, _ in parts)) / ids.numel()
+        tokens = self.batch * windows.shape[1]
+        pieces = self._pieces(windows, self.step)
+        if self.on_cpu:
+            self.upcoming = self.step + 1, self._pieces(windows, self.step + 1)
+        parts = list(self.pool.map(lambda piece: self._gradient(*piece, tokens), pieces))
+        kl = parallel.total(sum(part for part, _, _ in parts)) / tokens
         self.step += 1
         if not math.isfinite(kl):
             raise DBFError(f"the tuning loss is not finite at step {self.step}: try --tune none, or more bits")
@@ -198,11 +203,23 @@ class _Run:
         self.touched.update(names)
         self.chosen = SignTraining(self.linears[name] for name in names)
 
-    def _gradient(self, ids: torch.Tensor, tokens: int) -> tuple[float, torch.Tensor, list[torch.Tensor]]:
+    def _pieces(self, windows: torch.Tensor, step: int) -> list[tuple[torch.Tensor, Future]]:
+        """This process' windows of a step, and the dense model's output for them, in a fixed number of pieces.
+
+        Their gradients are summed in this order: the same result whichever is ready first.
+        """
+        if self.upcoming[0] == step:
+            return self.upcoming[1]
+        pieces = parallel.share(windows[self._choice(len(windows), step)]).chunk(self.workers)
+        found = [(ids, self.ahead.submit(self._target, ids)) for ids in pieces]
+        if not self.on_cpu:  # one after the other, for the sake of memory
+            wait([target for _, target in found])
+        return found
+
+    def _gradient(self, ids, target: Future, tokens: int) -> tuple[float, torch.Tensor, list[torch.Tensor]]:
         """Sum of the KL over these windows, and the gradients of its `tokens`-th part for δ and the chosen signs."""
-        target = self._target(ids)
         hidden = self.hidden(self.student, ids)
-        kl, gradient = kl_divergence(hidden.detach().to(self.head.dtype), target, self.head)
+        kl, gradient = kl_divergence(hidden.detach().to(self.head.dtype), target.result(), self.head)
         signs = self.chosen.signs if self.chosen else []
         return kl, *self.parameters.gradient(hidden, (gradient / tokens).to(hidden.dtype), signs)
 
@@ -214,10 +231,10 @@ class _Run:
     def _kl(self, ids: torch.Tensor, target: torch.Tensor) -> float:
         return kl_divergence(self.hidden(self.student, ids).to(self.head.dtype), target, self.head, gradient=False)[0]
 
-    def _choice(self, n: int) -> torch.Tensor:
-        """Indices of this step's windows: every epoch goes through all of them in an order of its own."""
+    def _choice(self, n: int, step: int) -> torch.Tensor:
+        """Indices of a step's windows: every epoch goes through all of them in an order of its own."""
         per_epoch = n // self.batch
-        epoch, place = divmod(self.step, per_epoch)
+        epoch, place = divmod(step, per_epoch)
         order = torch.randperm(n, generator=torch.Generator().manual_seed(self.seed + epoch))
         return order[place * self.batch : (place + 1) * self.batch]
 

@@ -13,10 +13,13 @@ import torch
 
 
 @contextmanager
-def side_by_side(workers: int) -> Iterator[ThreadPoolExecutor]:
-    """A pool of `workers` threads that share torch's threads evenly. On an exception what has not begun is dropped."""
+def side_by_side(workers: int, part: int = 1) -> Iterator[ThreadPoolExecutor]:
+    """A pool of `workers` threads that share torch's threads, or one `part`-th of them, evenly.
+
+    On an exception what has not begun is dropped.
+    """
     threads = torch.get_num_threads()
-    each = max(1, threads // workers)
+    each = max(1, threads // part // workers)
     pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(each,))
     try:
         yield pool
