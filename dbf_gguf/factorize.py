@@ -38,6 +38,7 @@ gradients on all columns at once, products again, cost no more than the inverse 
 import torch
 
 from .factors import Factors
+from .machine import cpu_features
 
 OUTER_ITERATIONS = 180
 RHO = (0.3, 1.0)  # of the Gram matrix' diagonal, which is 1; from the first iteration to the last
@@ -56,7 +57,7 @@ def product_dtype(device: torch.device) -> torch.dtype:
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
     if device.type == "cpu":
-        fast = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+        fast = cpu_features()
         return torch.bfloat16 if fast.get("avx512_bf16") or fast.get("amx_bf16") or fast.get("bf16") else torch.float32
     return torch.float32
 

@@ -30,7 +30,7 @@ from torch import nn
 
 from .errors import DBFError
 from .factors import BLOCK, pack_signs
-from .machine import compiler
+from .machine import compiler, cpu_features
 from .model import DBFLinear
 from .paths import cache_dir, data_dir
 
@@ -51,7 +51,7 @@ def faster(device: str, dtype: torch.dtype) -> bool:
     capability = torch.backends.cpu.get_cpu_capability()
     if dtype == torch.float32:
         return capability == "AVX2"
-    return dtype == torch.bfloat16 and capability == "AVX512" and not torch.cpu.get_capabilities().get("amx_bf16")
+    return dtype == torch.bfloat16 and capability == "AVX512" and not cpu_features().get("amx_bf16")
 
 
 @cache
@@ -63,7 +63,7 @@ def product():
     header = data_dir("cuda_patches") / TABLES
     openmp = _openmp()
     version = subprocess.run([*command, "--version"], capture_output=True, text=True).stdout
-    found = torch.cpu.get_capabilities()
+    found = cpu_features()
     wide = [f"-mavx512{part}" for part in AVX512] if all(found.get(f"avx512_{part}") for part in AVX512) else []
     flags = [*FLAGS, *wide]
     parts = [SOURCE.read_text(), header.read_text(), *flags, *command, version, *openmp]

@@ -15,6 +15,13 @@ def available_cpus() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def cpu_features() -> dict:
+    """Instruction sets of the CPU by torch's names, such as "avx512_bf16"; {} from a torch that cannot tell."""
+    import torch  # slow, and most of what this module is for does without
+
+    return torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+
+
 def available_memory() -> int:
     """Bytes of physical memory that this process may use; a container's limit counts."""
     physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -31,6 +31,7 @@ from dbf_gguf.distill import distill
 from dbf_gguf.errors import DBFError
 from dbf_gguf.factors import pack_signs
 from dbf_gguf.lookup import lookups, multiply
+from dbf_gguf.machine import cpu_features
 from dbf_gguf.model import DBFLinear
 from dbf_gguf.pipeline import Job
 from dbf_gguf.signs import SignTraining
@@ -40,6 +41,19 @@ pytestmark = [
     pytest.mark.usefixtures("one_thread"),
     pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="the compiler's flags are for x86"),
 ]
+
+
+@pytest.fixture(params=["all", "AVX2"])
+def instructions(request, monkeypatch):
+    """All that this CPU has; and the code for AVX2 where that has more."""
+    found = cpu_features()
+    if request.param == "AVX2":
+        if not all(found.get(f"avx512_{part}") for part in lookup.AVX512):
+            pytest.skip("this CPU has no other code than that for AVX2")
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {})
+    lookup.product.cache_clear()
+    yield
+    lookup.product.cache_clear()
 
 
 def operands(rows: int, n: int, tokens: int):
@@ -52,6 +66,7 @@ def operands(rows: int, n: int, tokens: int):
     return signs, torch.from_numpy(pack_signs(signs)), scale, x
 
 
+@pytest.mark.usefixtures("instructions")
 @pytest.mark.parametrize("tokens", [1, 15, 16, 17, 48])
 @pytest.mark.parametrize(("rows", "n"), [(1, 32), (31, 96), (16, 160), (33, 128), (576, 2080), (1057, 64)], ids=str)
 def test_product(rows, n, tokens):
@@ -67,14 +82,23 @@ def test_product(rows, n, tokens):
     assert (error.square().mean(1).sqrt() <= 0.8 * (n / 4) ** 0.5 * unit).all()
 
 
-def test_product_does_not_depend_on_threads():
-    _, packed, scale, x = operands(96, 256, 100)
-    alone = multiply(packed, scale, x)
-    torch.set_num_threads(3)
-    try:
-        assert multiply(packed, scale, x).equal(alone)
-    finally:
-        torch.set_num_threads(1)
+@pytest.mark.usefixtures("instructions")
+def test_linear_does_not_depend_on_threads():
+    layer = DBFLinear(random_factors(160, 96, 64), None, torch.int8)
+    x, weight = torch.randn(100, 64, requires_grad=True), torch.randn(100, 160)
+
+    def results():
+        y = layer(x)
+        inputs = [getattr(layer, scale) for scale in SCALES] + [x]
+        return y, *torch.autograd.grad((y * weight).sum(), inputs)
+
+    with lookups(layer):
+        alone = results()
+        torch.set_num_threads(3)
+        try:
+            assert all(found.equal(wanted) for found, wanted in zip(results(), alone, strict=True))
+        finally:
+            torch.set_num_threads(1)
 
 
 def test_product_with_bad_tokens():
@@ -95,9 +119,10 @@ def test_product_of_what_does_not_fit_is_refused():
             multiply(*arguments)
 
 
+@pytest.mark.usefixtures("instructions")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.int8], ids=str)
 @pytest.mark.parametrize("with_bias", [False, True], ids=["plain", "bias"])
-@pytest.mark.parametrize("leading", [(), (1,), (2, 3)], ids=str)
+@pytest.mark.parametrize("leading", [(), (1,), (2, 37)], ids=str)
 def test_linear_and_its_gradients(leading, with_bias, dtype):
     factors = random_factors(160, 96, 64)
     g = torch.Generator().manual_seed(1)
@@ -116,6 +141,7 @@ def test_linear_and_its_gradients(leading, with_bias, dtype):
     assert layer(x).equal(exact)  # by torch again
 
 
+@pytest.mark.usefixtures("instructions")
 def test_linear_in_bfloat16():
     """Between input and output nothing is rounded to bfloat16, and the gradients of the scales stay float32."""
     layer = DBFLinear(random_factors(160, 96, 64), None, torch.int8)
