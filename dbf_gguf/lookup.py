@@ -2,12 +2,12 @@
 
 torch multiplies ±1 matrices as if they were any numbers. Sums of four inputs that are looked up instead (llama.cpp's
 CPU kernels of this project, `cuda_patches/src/ggml/src/ggml-cpu/dbf-tables.h`) take a quarter to a third of the time
-of float32 products with AVX2; on a Zen 4, which multiplies bfloat16, a whole step of tuning is 1.12 times as fast. With
+of float32 products with AVX2; on a Zen 4, which multiplies bfloat16, a whole step of tuning is 1.3 times as fast. With
 y = a ⊙ t, t = A h, h = m ⊙ z, z = B (b ⊙ x) and the gradient ȳ of y, the gradients need the transposed signs only:
 
     ā = Σ ȳ ⊙ t        u = Aᵀ (a ⊙ ȳ)        m̄ = Σ u ⊙ z        v = Bᵀ (m ⊙ u)        b̄ = Σ v ⊙ x        x̄ = b ⊙ v
 
-(Σ over tokens). Inputs of a product are rounded to 14 bits of the largest sum of four of their token: a relative error
+(Σ over tokens); the element-wise products and sums are made while the rows are in the cache. Inputs of a product are rounded to 14 bits of the largest sum of four of their token: a relative error
 of some 1e-4 in either direction, much less than what one batch of text differs from the next.
 
 `lookup.cpp` is compiled when it is first needed, with the user's C++ compiler, and kept in the cache. It runs on the
