@@ -100,7 +100,8 @@ def distill(
 
     timed = []
     recompute = _activation_bytes(student, batch * length) > CHECKPOINT_ABOVE
-    with checkpointing(student, recompute), side_by_side(run.workers) as run.pool, side_by_side(1, 2) as run.ahead:
+    pools = side_by_side(run.workers), side_by_side(run.workers, 2)
+    with checkpointing(student, recompute), pools[0] as run.pool, pools[1] as run.ahead:
         if run.step == 0:
             run.evaluate(held_out)
             report(Progress(0, steps, run.best, run.best, run.best))
@@ -157,7 +158,7 @@ class _Run:
         self.on_cpu = self.head.device.type == "cpu"
         self.workers = min(self.share, torch.get_num_threads()) if self.on_cpu else 1
         self.pool: ThreadPoolExecutor  # of so many threads, for the windows of a batch
-        self.ahead: ThreadPoolExecutor  # of one thread, for the dense model
+        self.ahead: ThreadPoolExecutor  # of as many, for the dense model
         self.upcoming: tuple[int, list] = (-1, [])  # a step, and of each of its pieces the windows and their target
         linears = {name: module for name, module in student.named_modules() if isinstance(module, DBFLinear)}
         self.linears = linears if train_signs else {}

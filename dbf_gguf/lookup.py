@@ -7,8 +7,9 @@ y = a ⊙ t, t = A h, h = m ⊙ z, z = B (b ⊙ x) and the gradient ȳ of y, the
 
     ā = Σ ȳ ⊙ t        u = Aᵀ (a ⊙ ȳ)        m̄ = Σ u ⊙ z        v = Bᵀ (m ⊙ u)        b̄ = Σ v ⊙ x        x̄ = b ⊙ v
 
-(Σ over tokens); the element-wise products and sums are made while the rows are in the cache. Inputs of a product are rounded to 14 bits of the largest sum of four of their token: a relative error
-of some 1e-4 in either direction, much less than what one batch of text differs from the next.
+(Σ over tokens); what is no product is computed in the same pass, while its rows are in the cache. Inputs of a product
+are rounded to 14 bits of the largest sum of four of their token: a relative error of some 1e-4 in either direction,
+much less than what one batch of text differs from the next.
 
 `lookup.cpp` is compiled when it is first needed, with the user's C++ compiler, and kept in the cache. It runs on the
 OpenMP threads of torch: those of a second pool would compete with threads of the first that still wait for work.
