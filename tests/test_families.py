@@ -88,9 +88,7 @@ JOINED = {  # --join; phi3 has nothing that could be joined
 N_LINEARS = {"phi3": 4, "llama-joined": 4, "qwen2-yarn": 4, "qwen3-joined": 4, "llama-tied": 5}
 TUNED = ("qwen2", "qwen3")
 TUNE = ["--tune", "scales", "--tune-tokens", "10240"]
-# Nats, for all but 1 log-probability in 1000, and for the root of the mean square. The largest measured, with factors
-# made in float32 and in bfloat16, are 6e-3 and 9e-4; of half a million log-probabilities two differed by 1.1e-2.
-BOUND, BOUND_RMS = 1e-2, 2e-3
+BOUND, BOUND_RMS = 1e-2, 2e-3  # nats; the largest measured are 6e-3 and 9e-4
 FILES = "--embedding-type f32 --output-type f32"
 OPTIONS = "--bits 3 --calib-sequences 4 --seq-len 64 --iterations 5 --threads 1 --device cpu --eval-windows 0"
 OPTIONS += " --budget uniform"
@@ -186,9 +184,19 @@ def torch_log_probs(model, tokens: torch.Tensor) -> torch.Tensor:
 
 
 def agree(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
-    difference = (ours - theirs).abs().flatten()
-    few, largest = difference.quantile(0.999), difference.max()
-    return bool(few < BOUND and largest < 2 * BOUND and difference.pow(2).mean().sqrt() < BOUND_RMS)
+    difference = (ours - theirs).abs()
+    return bool(difference.max() < BOUND and difference.square().mean().sqrt() < BOUND_RMS)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def float32():
+    """Every CPU factorizes and tunes in float32, so that all compare much the same models.
+
+    By factors made in bfloat16 the random Mistral comes out such that two of 26,784 log-probabilities differ by 1.1e-2.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cpu, "get_capabilities", dict, raising=False)
+        yield
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
