@@ -43,7 +43,7 @@ from .budget import Curve, uniform_budget
 from .checkpoint import WorkFolder, write_atomically
 from .errors import DBFError
 from .factorize import InputMoment, factorize
-from .factors import BLOCK, Factors
+from .factors import BLOCK
 from .loss import Pieces, kl_of_logs, log_probabilities
 from .threads import in_order, side_by_side
 
@@ -95,7 +95,10 @@ def measure(
     states = Activations(len(own) * len(short), *hidden.shape[1:], model.dtype, folder, STATE_BYTES)
     places = {name: slice(i * len(short), (i + 1) * len(short)) for i, name in enumerate(own)}
 
-    def factors(index: int, name: str, moment: InputMoment | None) -> Factors:
+    lock = threading.Lock()  # of the work folder
+
+    def compress(index: int, name: str, moment: InputMoment | None) -> None:
+        """Stores the factors of one linear, at once: what is finished when a run ends before its time is not lost."""
         weight = linears(index, model.block(index))[name].weight  # the rest of the block is let go
         try:
             (found,), _ = factorize(
@@ -109,7 +112,9 @@ def measure(
             )
         except (ValueError, torch.linalg.LinAlgError) as problem:
             raise DBFError(f"{name}: {problem}") from None
-        return found
+        with lock:
+            done.write_linear(name, found, {"k": widths[name][1]})
+            report(len(done.manifest["linears"]))
 
     @torch.no_grad()
     def begin(index: int, name: str) -> None:
@@ -131,12 +136,10 @@ def measure(
         moments = stream.advance(index, block, groups(model, index, block, hidden[:1]) if new else []) if stream else {}
         del block
         with side_by_side(workers) as pool:
-            waiting = {pool.submit(factors, index, n, moments.get(n)): n for n in new if n in places}
+            running = {pool.submit(compress, index, n, moments.get(n)) for n in new if n in places}
             del moments
-            for future in as_completed(waiting):
-                name = waiting.pop(future)
-                done.write_linear(name, future.result(), {"k": widths[name][1]})
-                report(len(done.manifest["linears"]))
+            for future in as_completed(running):
+                future.result()
         if new:
             for others in parallel.gather(done.manifest["linears"]):
                 done.manifest["linears"] |= others
