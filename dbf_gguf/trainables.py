@@ -14,7 +14,7 @@ from torch import nn
 from .checkpoint import SCALES
 from .model import DBFLinear, norm_weights
 
-BETAS = (0.9, 0.95)
+BETAS = (0.9, 0.99)
 WARM_UP = 20  # steps
 FINAL_RATE = 0.02  # of the peak, at the end of the cosine
 
