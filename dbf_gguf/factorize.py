@@ -121,29 +121,47 @@ class InputMoment:
     """What a factorization knows of the inputs x of linears that all read the same ones: float32, on their device.
 
     importance  [n_in], their RMS i, in units of its mean
-    metric      [n_in, n_in], H: mean of x xᵀ in units of i iᵀ and of the mean eigenvalue, DAMPING times the identity
-                mixed in
+    size        that H, the mean of x xᵀ in units of i iᵀ, is divided by: its mean eigenvalue becomes 1
+    metric      [n_in, n_in], of H so, with DAMPING times the identity mixed in
     """
 
     def __init__(self, moment: torch.Tensor):
         """moment [n_in, n_in]: the mean of x xᵀ, float32. It is overwritten: a second one would be 0.5 GB in a 7B."""
         self.importance = _finite_importance(moment.diagonal().clamp_min(0).sqrt())
         self.metric = moment.div_(self.importance[:, None]).div_(self.importance)
-        self.metric.div_(self.metric.diagonal().mean().clamp_min(TINY)).diagonal().add_(DAMPING)
+        self.size = self.metric.diagonal().mean().clamp_min(TINY)
+        self.metric.div_(self.size).diagonal().add_(DAMPING)
         self.metric.div_(1 + DAMPING)
+
+        self._decomposition: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def decomposition(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Eigenvalues of the metric [n_in], ascending, and its eigenvectors Q [n_in, n_in] in columns, which are H's.
+
+        Computed at the first call: it takes longer than an inverse. Without the lock of a cached_property, which the
+        moments of all groups would share.
+        """
+        if self._decomposition is None:
+            self._decomposition = torch.linalg.eigh(self.metric)
+        return self._decomposition
+
+    @staticmethod
+    def undamped(values: torch.Tensor) -> torch.Tensor:
+        """The eigenvalues of H from those of the metric; rounding may make the least ones negative."""
+        return values * (1 + DAMPING) - DAMPING
 
 
 class _Metric:
     """H = Q diag(h) Qᵀ in the forms that the half steps multiply with, and the solver of the one for B'."""
 
-    def __init__(self, metric: torch.Tensor, target: torch.Tensor, k: int, dtype: torch.dtype):
-        """H [n_in, n_in] and target V [batch, n_out, n_in], float32."""
-        values, basis = torch.linalg.eigh(metric)
+    def __init__(self, moment: InputMoment, target: torch.Tensor, k: int, dtype: torch.dtype):
+        """target V [batch, n_out, n_in], float32."""
+        values, basis = moment.decomposition()
         self.values = values.clamp_min(0).to(dtype)  # h
-        self.metric = metric.to(dtype)
+        self.metric = moment.metric.to(dtype)
         self.basis = basis.to(dtype)
-        self.rotated = (target @ metric @ basis).to(dtype)  # V H Q [batch, n_out, n_in]
-        self.solution = torch.zeros(len(target), k, len(metric), dtype=dtype, device=metric.device)
+        self.rotated = (target @ moment.metric @ basis).to(dtype)  # V H Q [batch, n_out, n_in]
+        self.solution = torch.zeros(len(target), k, len(self.metric), dtype=dtype, device=target.device)
         self.direction = torch.empty_like(self.solution)
 
     def normalised(self, factor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -220,7 +238,7 @@ def factorize(
     generator = torch.Generator().manual_seed(seed)  # on the CPU: the same start on every device
     start_a, start_b = (torch.randn(k, n, generator=generator).to(device, dtype) for n in (n_out, n_in))
     # first: it takes most memory on its way
-    metric = None if moment is None else _Metric(moment.metric, target, k, dtype)
+    metric = None if moment is None else _Metric(moment, target, k, dtype)
     low = target.to(dtype)
     side_a = _Side(start_a.expand(batch, -1, -1), low.transpose(1, 2).contiguous())
     side_b = _Side(start_b.expand(batch, -1, -1), low)

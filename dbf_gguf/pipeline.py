@@ -426,8 +426,8 @@ class Job:
                     self._factorize_units(own, self._read_weight, tensors, None, self._workers(), update)
                 return
 
-            def group(weights: dict[str, torch.Tensor], second_moment: torch.Tensor) -> None:
-                moment = InputMoment(second_moment) if self.settings.importance else None
+            def group(weights: dict[str, torch.Tensor], met: InputMoment) -> None:
+                moment = met if self.settings.importance else None
                 workers = max(1, min(self._workers(), len(weights)))
                 self._factorize_units(self.units(weights), weights.get, tensors, moment, workers, update)
 

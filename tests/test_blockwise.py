@@ -14,7 +14,7 @@ from test_blocks import BLOCKS, HIDDEN, LENGTH, ids, save
 
 from dbf_gguf import blockwise
 from dbf_gguf.blocks import MIDDLE, BlockModel, linears, replace
-from dbf_gguf.blockwise import CORRECTION_RIDGE, TOKEN_CAP, Streams, Tuning, compress, corrected, groups
+from dbf_gguf.blockwise import LEAST_EIGENVALUE, TOKEN_CAP, Streams, Tuning, compress, corrected, groups
 from dbf_gguf.checkpoint import WorkFolder, block_file
 from dbf_gguf.factorize import InputMoment, factorize
 from dbf_gguf.factors import Factors
@@ -95,17 +95,21 @@ def test_moments_are_those_of_both_streams(model, work, monkeypatch):
     residual = {"self_attn.o_proj": None, "mlp.down_proj": "post_attention_layernorm"}
     for name in ("self_attn.k_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj"):
         x, x_hat = (inputs(model, 1, b, h, name) for b, h in zip((dense, other), xs, strict=True))
-        h, c, r = streams.moments(1, dense, other, [f"model.layers.1.{name}"])
+        h, halves, at_output = streams.moments(1, dense, other, [f"model.layers.1.{name}"])
         assert np.allclose(h, x_hat.T @ x_hat / len(x), rtol=1e-3, atol=1e-5 * h.abs().max().item())
-        assert np.allclose(c, x.T @ x_hat / len(x), rtol=1e-3, atol=1e-5 * c.abs().max().item())
-        if name not in residual:
-            assert r is None
-            continue
-        if residual[name] is None:
-            rest = [h.flatten(0, 1).double().numpy() for h in xs]
-        else:
-            rest = [inputs(model, 1, b, h, residual[name]) for b, h in zip((dense, other), xs, strict=True)]
-        assert np.allclose(r, (rest[0] - rest[1]).T @ x_hat / len(x), rtol=1e-3, atol=1e-5 * r.abs().max().item())
+        assert at_output == (name in residual)
+        missing = x - x_hat
+        if at_output:
+            missing = missing @ dense.get_submodule(name).weight.double().numpy().T
+            if residual[name] is None:
+                rest = [h.flatten(0, 1).double().numpy() for h in xs]
+            else:
+                rest = [inputs(model, 1, b, h, residual[name]) for b, h in zip((dense, other), xs, strict=True)]
+            missing += rest[0] - rest[1]
+        odd = np.repeat(np.arange(len(WINDOWS)) % 2, LENGTH)[:, None]
+        for half, chosen in zip(halves, (1 - odd, odd), strict=True):
+            wanted = missing.T @ (chosen * x_hat) / len(x)
+            assert np.allclose(half, wanted, rtol=1e-3, atol=1e-5 * half.abs().max().item())
 
 
 @pytest.mark.parametrize("keep_inputs", [False, True])
@@ -114,7 +118,7 @@ def test_the_last_moments_of_a_block_may_take_the_dense_stream_on(model, work, k
     dense, other, name = model.block(0), changed(model, 0), "model.layers.0.mlp.down_proj"
     before = streams.dense.read(slice(None))
     there, there_and_on = (streams.moments(0, dense, other, [name], advance_dense=on) for on in (False, True))
-    assert all(one.equal(same) for one, same in zip(there, there_and_on, strict=True))
+    assert all(one.equal(same) for one, same in zip(there[:2], there_and_on[:2], strict=True))
     assert torch.allclose(streams.dense.read(slice(None)), model.run(0, dense, before), atol=1e-5)
     assert streams.compressed.read(slice(None)).equal(before) == keep_inputs
 
@@ -150,7 +154,7 @@ def test_passages_from_the_middle_give_the_same(model, work, keep_inputs, begun_
                 if stream in longer.halfway:  # never let it be
                     longer.halfway.remove(stream)
                     stream.write(slice(None), values)
-            assert all(a is b is None or a.equal(b) for a, b in zip(found, wanted, strict=True))
+            assert all(a.equal(b) for a, b in zip(found[:2], wanted[:2], strict=True)) and found[2] == wanted[2]
         for streams in (shorter, longer):
             streams.advance(index, streams.compressed, other)
         assert not shorter.halfway
@@ -173,20 +177,70 @@ def test_no_token_counts_for_much_more_than_the_median(model, work):
     assert (weights == 1).sum() >= 45 and weights[3] < 1e-3
 
 
-def test_corrected_weight_is_the_optimum_of_its_formula():
-    """Against lstsq on the stacked system, in float64."""
-    g = torch.Generator().manual_seed(0)
-    x_hat, rest = torch.randn(300, 24, generator=g), 0.1 * torch.randn(300, 16, generator=g)
-    x = x_hat + 0.3 * torch.randn(300, 24, generator=g)
-    w = torch.randn(16, 24, generator=g)
-    h, c, r = x_hat.T @ x_hat / 300, x.T @ x_hat / 300, rest.T @ x_hat / 300
-    ridge = (CORRECTION_RIDGE * h.diagonal()).sqrt().diag()
-    system = torch.cat([x_hat / 300**0.5, ridge]).double()
-    wanted = torch.cat([(x @ w.T + rest - x_hat @ w.T) / 300**0.5, torch.zeros(24, 16)]).double()
+def missing(seed: int, n: int = 2000, signal: float = 0.3, noise: float = 3.0):
+    """Inputs [n, 24] with a few strong directions, what is missing at the output [n, 200]: linear in them, noise."""
+    g, fixed = torch.Generator().manual_seed(seed), torch.Generator().manual_seed(0)
+    mix = torch.randn(24, 24, generator=fixed) * torch.logspace(0, -2, 24)
+    x = torch.randn(n, 24, generator=g) @ mix
+    return x, signal * x @ torch.randn(24, 200, generator=fixed) + noise * torch.randn(n, 200, generator=g)
+
+
+def halves_of(x, e):
+    return torch.stack([e[half::2].T @ x[half::2] / len(x) for half in range(2)])
+
+
+def test_a_correction_that_both_halves_agree_on_is_that_of_least_squares():
+    """Against lstsq in float64; the same text twice has no noise that the halves could disagree on."""
+    x, e = (value.repeat_interleave(2, dim=0) for value in missing(seed=1))
+    w, h = torch.randn(200, 24), x.T @ x / len(x)
+    ridge = (LEAST_EIGENVALUE * h.diagonal()).sqrt().diag()
+    system = torch.cat([x / len(x) ** 0.5, ridge]).double()
+    wanted = torch.cat([e / len(x) ** 0.5, torch.zeros(24, 200)]).double()
     best = w + torch.linalg.lstsq(system, wanted).solution.T
-    found = corrected({"one": w, "same": w}, h, c, r)
-    assert torch.allclose(found["one"].double(), best, atol=1e-4) and found["same"].equal(found["one"])
-    assert torch.allclose(corrected({"one": w}, h, h.clone(), None)["one"], w)  # nothing to correct
+    found = corrected({"one": w, "same": w}, InputMoment(h.clone()), halves_of(x, e), True)
+    assert (found["one"] - best).norm() < 1e-3 * (best - w).norm() and found["same"].equal(found["one"])
+    nothing = corrected({"one": w}, InputMoment(h.clone()), torch.zeros(2, 24, 24), False)
+    assert nothing["one"].equal(w)
+
+
+def test_inputs_differences_are_multiplied_with_the_weight():
+    x, _ = missing(seed=1)
+    w, e = torch.randn(24, 24), 0.1 * x @ torch.randn(24, 24)  # square: the shape does not tell
+    differences = halves_of(x, e)
+    one, other = (
+        corrected({"w": w}, InputMoment(x.T @ x / len(x)), *given)["w"]
+        for given in ((differences, False), (w @ differences, True))
+    )
+    assert torch.allclose(one, other, atol=1e-5) and not torch.allclose(one, w, atol=1e-2)
+
+
+@pytest.mark.parametrize("noise", [3.0, 10.0, 30.0])
+def test_noise_is_no_reason_for_a_correction(noise):
+    """On other inputs it leaves little more error than the best ridge, which nobody knows beforehand."""
+    (x, e), (x_new, e_new) = missing(seed=1, noise=noise), missing(seed=2, n=20000, noise=0.0)
+    w, h = torch.zeros(200, 24), x.T @ x / len(x)
+
+    def left(change):
+        return ((x_new @ change.T - e_new).square().sum() / e_new.square().sum()).item()
+
+    def ridge(delta):
+        return (e.T @ x / len(x)) @ torch.linalg.inv(h + delta * h.diagonal().diag())
+
+    found = left(corrected({"w": w}, InputMoment(h.clone()), halves_of(x, e), True)["w"])
+    ridges = [left(ridge(delta)) for delta in (0, 1e-3, 1e-2, 0.1, 0.3, 1, 3)]
+    assert found < 1.2 * min(ridges)
+    assert noise < 10 or found < 0.85 * ridges[0]
+
+
+def test_a_correction_by_chance_is_left_out():
+    x, _ = missing(seed=1)
+    (x_new, _), w, h = missing(seed=2), torch.zeros(200, 24), x.T @ x / len(x)
+    only_noise = halves_of(x, 3 * torch.randn(2000, 200, generator=torch.Generator().manual_seed(3)))
+    by_chance = corrected({"w": w}, InputMoment(h.clone()), only_noise, True)["w"]
+    least_squares = only_noise.sum(0) @ torch.linalg.inv(h)
+    assert (x_new @ by_chance.T).square().sum() < 0.5 * (x_new @ least_squares.T).square().sum()
+    one_window = torch.stack([only_noise[0], torch.zeros(200, 24)])
+    assert corrected({"w": w}, InputMoment(h.clone()), one_window, True)["w"].equal(w)
 
 
 # --- the whole
@@ -195,8 +249,7 @@ def test_corrected_weight_is_the_optimum_of_its_formula():
 def plain(work, k=32, iterations=20, noise=0.0):
     """A `factorize` argument for `compress`, which stores its factors, with `noise` on their scales."""
 
-    def put(weights, second_moment):
-        moment = InputMoment(second_moment)
+    def put(weights, moment):
         for name, weight in weights.items():
             found, errors = factorize(weight[None], k, moment=moment, iterations=iterations)
             for scale in (found[0].scale_m, found[0].scale_a):
@@ -358,6 +411,6 @@ def test_a_replaced_linear_is_tapped_as_well(model, work):
     for name, linear in list(linears(0, other).items())[:3]:
         found, _ = factorize(linear.weight[None], 64, iterations=10)
         replace(0, other, name, found[0], torch.float32)
-    h, c, _ = streams.moments(0, dense, other, ["model.layers.0.self_attn.o_proj"])
-    same, _, _ = again.moments(0, dense, dense, ["model.layers.0.self_attn.o_proj"])
-    assert not torch.allclose(h, same, rtol=0.01) and not torch.allclose(h, c, rtol=0.01)
+    h, halves, _ = streams.moments(0, dense, other, ["model.layers.0.self_attn.o_proj"])
+    same, none, _ = again.moments(0, dense, dense, ["model.layers.0.self_attn.o_proj"])
+    assert not torch.allclose(h, same, rtol=0.01) and halves.any() and not none.any()

@@ -184,7 +184,7 @@ def test_an_uncorrelated_moment_changes_little():
 def test_the_solver_of_the_half_step_converges():
     """Many calls with the same system end at the solution of the Kronecker system, in float64."""
     k, n, shift = 12, 9, 0.7
-    moment = correlated(n).T.cov()
+    moment = InputMoment(correlated(n).T.cov())
     factor = torch.nn.functional.normalize(torch.randn(k, 20, generator=torch.Generator().manual_seed(2)), dim=1)
     gram, right = (factor @ factor.T)[None], torch.randn(1, k, n, generator=torch.Generator().manual_seed(3))
     metric = _Metric(moment, torch.zeros(1, 4, n), k, torch.float32)

@@ -90,7 +90,7 @@ def stages(folder: Path, out: Path) -> None:
         if "down_proj" not in name:
             replace(0, block, name, factors[name], torch.float32)
     moments = streams.moments(0, dense.block(0), block, ["model.layers.0.mlp.down_proj"])
-    found |= {f"moments.{name}": value for name, value in zip("HCR", moments, strict=True)}
+    found |= {f"moments.{name}": value for name, value in zip("HE", moments[:2], strict=True)}
     replace(0, block, "model.layers.0.mlp.down_proj", factors["model.layers.0.mlp.down_proj"], torch.float32)
 
     blocktune.STEP_TOKENS = 96
