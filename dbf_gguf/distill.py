@@ -19,7 +19,8 @@ What makes it fit for a long night:
   next step: a small model leaves the threads idle now and then.
 - Of several processes each takes a share of a step's windows, at least one; so a step may have more of them.
 - The state with the lowest KL on windows that are never trained on is what is returned, and once that has not fallen
-  for PATIENCE evaluations it is over.
+  for PATIENCE evaluations it is over. Those of the first half do not count: while the rate is high its noise hides what
+  is gained (SmolLM2 at 2 bits with a rate of 2e-3: KL 0.615 after 40 steps of 1700, 0.642 after 160).
 """
 
 import math
@@ -47,7 +48,7 @@ STEP_TOKENS = 256
 HELD_OUT_TOKENS = 2048
 TIMED = range(3, 9)  # steps whose time turns minutes into tokens; the first ones include one-time costs
 EVALUATE_EVERY = 40  # steps
-PATIENCE = 8  # evaluations without a new lowest held-out KL
+PATIENCE = 8  # evaluations in the second half without a new lowest held-out KL
 SIGN_CHANCE = 0.1  # that the signs of a linear are trained during the steps up to the next evaluation
 SNAPSHOT_SECONDS = 600  # at most this much and one step are lost, or the steps since an evaluation if signs are trained
 SNAPSHOT = "tuning.safetensors"
@@ -121,6 +122,8 @@ def distill(
             value = None
             if run.step % EVALUATE_EVERY == 0 or run.step == steps:
                 value = run.evaluate(held_out)
+                if steps is not None and 2 * run.step <= steps:
+                    run.stale = 0
             if value is not None or (sign_lr is None and time.monotonic() - saved > SNAPSHOT_SECONDS):
                 run.snapshot()
                 saved = time.monotonic()

@@ -1041,16 +1041,18 @@ def test_signs_lower_the_loss(llama, tmp_path, monkeypatch):
     assert reports[-1].best < 0.97 * reports[0].best
 
 
-def test_it_ends_when_nothing_is_gained_any_more(llama, work, monkeypatch):
+@pytest.mark.parametrize(("turns", "ends"), [(4, 26), (24, 30)])
+def test_it_ends_when_nothing_is_gained_any_more(llama, work, monkeypatch, turns, ends):
+    """Three evaluations after the best one, or after the first half."""
     teacher, new = llama
     monkeypatch.setattr(distill_module, "EVALUATE_EVERY", 2)
     monkeypatch.setattr(distill_module, "PATIENCE", 3)
-    monkeypatch.setattr(distill_module, "learning_rate", lambda step, steps, peak: peak if step < 4 else -5 * peak)
+    good = 0.1 if turns > 20 else 1
+    monkeypatch.setattr(distill_module, "learning_rate", lambda step, _, peak: (good if step < turns else -5) * peak)
     reports = []
     distill(new(), teacher, WINDOWS, work, lr=0.02, seed=3, tokens=40 * STEP, report=reports.append)
     values = {p.step: p.held_out for p in reports if p.held_out is not None}
-    best = min(values, key=values.get)
-    assert reports[-1].step == max(values) == best + 6
+    assert min(values, key=values.get) == turns and reports[-1].step == max(values) == ends
 
 
 def test_the_best_state_outlives_an_interruption(llama, work, monkeypatch):
