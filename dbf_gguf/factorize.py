@@ -132,7 +132,6 @@ class InputMoment:
         self.size = self.metric.diagonal().mean().clamp_min(TINY)
         self.metric.div_(self.size).diagonal().add_(DAMPING)
         self.metric.div_(1 + DAMPING)
-
         self._decomposition: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def decomposition(self) -> tuple[torch.Tensor, torch.Tensor]:
