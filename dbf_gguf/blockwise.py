@@ -15,8 +15,8 @@ inputs' RMS, counts by as much as both agree on it:
 
     W* = W + E Q diag(s / h) Qᵀ        H = Q diag(h) Qᵀ        s = 4 Σ (E₀ Q) ⊙ (E₁ Q) / Σ (E Q)²    within 0 … 1
 
-where the sums are over the rows: no correction with a single window. (From 98,304 tokens, at four blocks of SmolLM2, this
-takes 1.1 to 2.3 times as much off ‖e‖² of other text as a ridge of 1, and no less than the best of ridges from 0.1 up.)
+where the sums are over the rows; a single window gives no correction. (From 98,304 tokens, at four blocks of SmolLM2,
+this takes 1.1 to 2.3 times as much off ‖e‖² of other text as a ridge of 1, and no less than the best from 0.1 up.)
 
 Then W* is factorized with H as the metric of its inputs, so that the factors' error is small where inputs are large.
 
