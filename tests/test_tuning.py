@@ -888,9 +888,9 @@ def test_first_steps_are_adam_on_delta(llama, work):
 
         value, gradient = reference_gradient(new(), theta, delta, objective)
         assert kls[t + 1] == pytest.approx(value, rel=1e-3)
-        m, v = 0.9 * m + 0.1 * gradient, 0.95 * v + 0.05 * gradient**2
+        m, v = 0.9 * m + 0.1 * gradient, 0.99 * v + 0.01 * gradient**2
         rate = 0.3 * (t + 1) / 20 * (0.02 + 0.98 * (1 + math.cos(math.pi * t / 3)) / 2)
-        delta = delta - rate * (m / (1 - 0.9 ** (t + 1))) / ((v / (1 - 0.95 ** (t + 1))).sqrt() + 1e-12)
+        delta = delta - rate * (m / (1 - 0.9 ** (t + 1))) / ((v / (1 - 0.99 ** (t + 1))).sqrt() + 1e-12)
     snapshot = work.read_tensors("tuning.safetensors")
     assert relative(snapshot["m"], m) < 1e-3 and relative(snapshot["v"], v) < 1e-3
     assert relative(snapshot["delta"], delta) < 0.01
