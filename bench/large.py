@@ -35,7 +35,7 @@ from safetensors.torch import save_file
 
 from dbf_gguf import recipes
 from dbf_gguf.budget import uniform_budget
-from dbf_gguf.factorize import OUTER_ITERATIONS, InputMoment, factorize
+from dbf_gguf.factorize import OUTER_ITERATIONS, InputMoment, factorize, few_equations
 
 HIDDEN, FEED_FORWARD, HEADS, VOCABULARY = 4096, 11008, 32, 32000
 WHOLE = 32  # blocks of Llama-2-7B
@@ -204,14 +204,18 @@ def convert(folder: Path, blocks: int, text: Path, bits: float, iterations: int,
 
 
 def flops(n_out: int, n_in: int, k: int) -> tuple[float, float]:
-    """Of one outer iteration with a metric (dbf_gguf/factorize.py): (of products, of the k × k system).
+    """Of one outer iteration with a metric (dbf_gguf/factorize.py): (of products, of the system of k or n_in equations).
 
-    For A': F H, Gram matrix, right-hand side, times the inverse; Cholesky factor and inverse k³. For B': Gram matrix,
-    right-hand side, two changes of basis, and the Gram matrix times what it is solved for, four times.
+    For A': Gram matrix, right-hand side, times the inverse, and a product more when the smaller system is solved;
+    Cholesky factor and inverse n³ for n equations. For B': Gram matrix, right-hand side, two changes of basis, and the
+    Gram matrix times what it is solved for, four times. Whole Gram matrices, as on a card: a CPU makes some 0.65 of them.
     """
-    to_a = 2 * k * n_in**2 + 2 * k * k * n_in + 2 * k * n_in * n_out + 2 * k * k * n_out
+    size = n_in if few_equations(k, n_in, n_out) else k
+    to_a = 2 * k * size * n_in + 2 * k * n_in * n_out + 2 * size * size * n_out
+    if size < k:
+        to_a += 2 * k * n_in * n_out
     to_b = 2 * k * k * n_out + 2 * k * n_out * n_in + 4 * k * n_in**2 + 8 * k * k * n_in
-    return to_a + to_b, float(k**3)
+    return to_a + to_b, float(size**3)
 
 
 def gpu_seconds(n_out: int, n_in: int, k: int) -> tuple[float, float]:

@@ -26,8 +26,8 @@ How this differs from the plain method (`bench/factorize.py` has it, as referenc
 Importance (section 3.3): W' = diag(o) W diag(i) is factorized and the scales divided by o and i afterwards.
 
 Inputs are not only uneven, they are correlated: what counts is the error of the outputs, ‖(W' − A'·B')·H^½‖², where
-H is the second moment of the inputs in units of their RMS i (unit diagonal; H = I is the case above). With it, the
-half step for A' takes F H Fᵀ and F H V in the place of F Fᵀ and F V. The one for B' becomes, with H = Q diag(h) Qᵀ,
+H is the second moment of the inputs in units of their RMS i (unit diagonal; H = I is the case above). With
+H = Q diag(h) Qᵀ, the half step for A' takes F Q √h and V Q √h in the place of F and V. The one for B' becomes
 
     (F Fᵀ) S̃ diag(h) + (λ + ρ) S̃ = F V H Q + ρ (X − U) Q            S̃ = S Q,
 
@@ -70,51 +70,84 @@ class _Side:
     """
 
     def __init__(self, start: torch.Tensor, target: torch.Tensor):
-        self.target = target  # [batch, d, n], what Fᵀ S has to match
+        """start [batch, k, n]; target [batch, d, n], what Fᵀ S has to match."""
+        self.target = target
         self.unit = start.clone(memory_format=torch.contiguous_format)
         self.u = torch.zeros_like(self.unit)
         self.s, self.right = torch.empty_like(self.unit), torch.empty_like(self.unit)
-        self.gram = start.new_empty(*start.shape[:2], start.shape[1])
-        self.row = start.new_ones(*start.shape[:2], 1, dtype=torch.float32)  # [batch, k, 1]
-        self.v = start.new_ones(start.shape[0], start.shape[2], 1, dtype=torch.float32)  # [batch, n, 1], norm 1
+        batch, k, n = start.shape
+        self.row = start.new_ones(batch, k, 1, dtype=torch.float32)
+        self.v = start.new_ones(batch, n, 1, dtype=torch.float32)  # norm 1
 
-    def half_step(self, fixed: torch.Tensor, image: torch.Tensor, rho: float, ridge: float) -> None:
-        """Moves this factor against `fixed` [batch, k, d], where `image` is F H, or F itself without a metric.
+    def half_step(self, fixed: torch.Tensor, rho: float, ridge: float) -> None:
+        """Moves this factor against `fixed` [batch, k, d], the rows of which have unit length.
 
-        The rows of F have unit length, in the metric.
+        With more channels than d, the system of k × k is replaced by one of d × d: for c = λ + ρ and E = ρ (X − U) / c
+
+            S = E + F (Fᵀ F + c I)⁻¹ (V − Fᵀ E)
         """
-        gram = torch.bmm(image, fixed.transpose(1, 2), out=self.gram)
-        torch.bmm(image, self.target, out=self.right)
-        # λ + ρ is never below 0.39, more than what rounding G to bfloat16 can take from its least eigenvalue.
-        gram = gram.to(torch.float32, copy=True)
-        gram.diagonal(dim1=1, dim2=2).add_(ridge + rho)
-        root, _ = torch.linalg.cholesky_ex(gram)
-        inverse = torch.cholesky_inverse(root).to(fixed.dtype)
-        self.right.addcmul_(self.unit, self.row.to(self.unit.dtype), value=rho).sub_(self.u, alpha=rho)
-        torch.bmm(inverse, self.right, out=self.s)
-        self._project()
-
-    def metric_step(self, fixed: torch.Tensor, metric: "_Metric", rho: float, ridge: float) -> None:
-        """Moves this factor, whose columns the metric couples, against `fixed` [batch, k, d], rows of unit length."""
-        gram, shift = torch.bmm(fixed, fixed.transpose(1, 2), out=self.gram), rho + ridge
-        right = torch.bmm(fixed, metric.rotated, out=self.right)
-        difference = torch.mul(self.unit, self.row.to(self.unit.dtype), out=metric.direction).sub_(self.u)  # X − U
-        right.add_(torch.matmul(difference, metric.basis, out=self.s), alpha=rho)
-        metric.solve(gram, right, shift, self.s)
-        torch.matmul(metric.solution, metric.basis.T, out=self.s)
-        self._project()
-
-    def _project(self) -> None:
-        """X = SVID(S + U), U = S + U − X (paper, section 3.2), by one power iteration from the last rank-1 vectors."""
+        shift, across = ridge + rho, fixed.transpose(1, 2)
+        if few_equations(*fixed.shape[1:], self.s.shape[2]):
+            self._pulled(rho / shift, self.s)
+            missing = torch.baddbmm(self.target, across, self.s, alpha=-1)
+            self.s.baddbmm_(fixed, torch.bmm(_inverse(_gram(across), shift), missing))
+        else:
+            self._pulled(rho, self.right).baddbmm_(fixed, self.target)
+            torch.bmm(_inverse(_gram(fixed), shift), self.right, out=self.s)
         self.u.add_(self.s)
-        magnitude = torch.abs(self.u, out=self.s)
+        self._project(self.u, self.s)
+        self.u.addcmul_(self.unit, self.row.to(self.u.dtype), value=-1)
+
+    def _pulled(self, rho: float, out: torch.Tensor) -> torch.Tensor:
+        """ρ (X − U)."""
+        return torch.mul(self.unit, self.row.to(out.dtype), out=out).sub_(self.u).mul_(rho)
+
+    def _project(self, total: torch.Tensor, magnitude: torch.Tensor) -> None:
+        """X = SVID(S + U) (paper, section 3.2), by one power iteration from the last rank-1 vectors.
+
+        total is S + U; magnitude, of the same shape, is overwritten.
+        """
+        torch.abs(total, out=magnitude)
         row = (magnitude @ self.v.to(magnitude.dtype)).float()
         row /= row.norm(dim=1, keepdim=True).clamp_min(TINY)
         v = (row.to(magnitude.dtype).transpose(1, 2) @ magnitude).float().transpose(1, 2)
         norm = v.norm(dim=1, keepdim=True).clamp_min(TINY)
         self.v, self.row = v / norm, row * norm
-        torch.copysign(self.v.to(self.u.dtype).transpose(1, 2).expand_as(self.u), self.u, out=self.unit)
-        self.u.addcmul_(self.unit, self.row.to(self.u.dtype), value=-1)
+        torch.copysign(self.v.to(total.dtype).transpose(1, 2).expand_as(total), total, out=self.unit)
+
+
+def few_equations(k: int, d: int, n: int) -> bool:
+    """Whether a half step costs less by the system of d × d than by that of k × k (F [k, d], X [k, n]).
+
+    In multiplications: half a Gram matrix, an inverse, which takes as long as two products of its size, and products.
+    """
+    return k * d * d / 2 + 2 * d**3 + d * d * n + 2 * k * d * n < k * k * d / 2 + 2 * k**3 + k * k * n + k * d * n
+
+
+def _gram(factor: torch.Tensor) -> torch.Tensor:
+    """F Fᵀ [batch, k, k] of F [batch, k, d]. On a CPU what lies above its diagonal blocks is copied from below."""
+    if factor.device.type != "cpu":
+        return torch.bmm(factor, factor.transpose(1, 2))
+    k = factor.shape[1]
+    size = max(256, -(-k // 128) * 32)  # four blocks: of more, the products would be slower
+    gram = factor.new_empty(len(factor), k, k)
+    for f, g in zip(factor, gram, strict=True):  # one by one: bmm takes twice as long on parts
+        for start in range(0, k, size):
+            end = min(k, start + size)
+            torch.mm(f[start:end], f[:end].T, out=g[start:end, :end])
+            g[:start, start:end] = g[start:end, :start].T
+    return gram
+
+
+def _inverse(gram: torch.Tensor, shift: float) -> torch.Tensor:
+    """(G + shift · I)⁻¹ in G's dtype, computed in float32.
+
+    λ + ρ is never below 0.39, more than what rounding G to bfloat16 can take from its least eigenvalue.
+    """
+    system = gram.to(torch.float32, copy=True)
+    system.diagonal(dim1=1, dim2=2).add_(shift)
+    root, _ = torch.linalg.cholesky_ex(system)
+    return torch.cholesky_inverse(root).to(gram.dtype)
 
 
 class InputMoment:
@@ -150,37 +183,55 @@ class InputMoment:
         return values * (1 + DAMPING) - DAMPING
 
 
-class _Metric:
-    """H = Q diag(h) Qᵀ in the forms that the half steps multiply with, and the solver of the one for B'."""
+class _MetricSide(_Side):
+    """The factor whose columns the metric H = Q diag(h) Qᵀ couples: its half step takes place in H's eigenvectors.
 
-    def __init__(self, moment: InputMoment, target: torch.Tensor, k: int, dtype: torch.dtype):
+    There it keeps the dual, as U Q, and `turned`, which is `unit` times Q: two changes of basis an iteration.
+    """
+
+    def __init__(self, start: torch.Tensor, target: torch.Tensor, moment: InputMoment):
         """target V [batch, n_out, n_in], float32."""
         values, basis = moment.decomposition()
-        self.values = values.clamp_min(0).to(dtype)  # h
-        self.metric = moment.metric.to(dtype)
-        self.basis = basis.to(dtype)
-        self.rotated = (target @ moment.metric @ basis).to(dtype)  # V H Q [batch, n_out, n_in]
-        self.solution = torch.zeros(len(target), k, len(self.metric), dtype=dtype, device=target.device)
-        self.direction = torch.empty_like(self.solution)
+        values, dtype = values.clamp_min(0), start.dtype
+        scaled = target @ (basis * values.sqrt())  # V Q √h
+        super().__init__(start, (scaled * values.sqrt()).to(dtype))  # V H Q
+        self.opposite_target = scaled.transpose(1, 2).to(dtype).contiguous()
+        self.values, self.root, self.basis = values.to(dtype), values.sqrt().to(dtype), basis.to(dtype)
+        self.turned = self.unit @ self.basis
+        self.solution, self.direction = torch.zeros_like(self.unit), torch.empty_like(self.unit)
 
-    def normalised(self, factor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """F [batch, k, n_in] with rows of unit length in this metric, and F H."""
-        image = factor @ self.metric
-        size = (image * factor).sum(dim=2, keepdim=True, dtype=torch.float32).clamp_min(TINY).rsqrt().to(factor.dtype)
-        return factor * size, image.mul_(size)
+    def seen(self) -> torch.Tensor:
+        """What the other factor's half step is fixed to: F Q √h [batch, k, n_in] with rows of unit length."""
+        image = self.turned * self.root
+        return image.div_(image.float().norm(dim=2, keepdim=True).clamp_min(TINY).to(image.dtype))
 
-    def solve(self, gram: torch.Tensor, right: torch.Tensor, shift: float, product: torch.Tensor) -> None:
+    def half_step(self, fixed: torch.Tensor, rho: float, ridge: float) -> None:
+        """Moves this factor against `fixed` [batch, k, n_out], rows of unit length."""
+        row = self.row.to(self.u.dtype)
+        right = torch.bmm(fixed, self.target, out=self.right)
+        right.add_(torch.mul(self.turned, row, out=self.s).sub_(self.u), alpha=rho)
+        self._solve(_gram(fixed), right, rho + ridge)
+        self.u.add_(self.solution)
+        self._project(torch.matmul(self.u, self.basis.T, out=self.s), self.right)
+        torch.matmul(self.unit, self.basis, out=self.turned)
+        self.u.addcmul_(self.turned, self.row.to(self.u.dtype), value=-1)
+
+    def _solve(self, gram: torch.Tensor, right: torch.Tensor, shift: float) -> None:
         """Brings `solution` [batch, k, n_in] closer to that of gram · S̃ · diag(h) + shift · S̃ = right.
 
-        Conjugate gradients for every column, preconditioned with the diagonal h + shift (that of `gram` is 1). `right`
-        and `product`, of the same shape, are overwritten.
+        Conjugate gradients for every column, preconditioned with the diagonal h + shift (that of `gram` is 1). `right`,
+        of the same shape, is overwritten.
         """
-        diagonal = self.values + shift
-        residual = right.sub_(self._apply(gram, self.solution, shift, product))
+        diagonal, product = self.values + shift, self.s
+
+        def apply(x: torch.Tensor) -> torch.Tensor:
+            return torch.bmm(gram, x, out=product).mul_(self.values).add_(x, alpha=shift)
+
+        residual = right.sub_(apply(self.solution))
         direction = torch.div(residual, diagonal, out=self.direction)
         size = _dot(residual, direction)
         for step in range(CG_STEPS):
-            self._apply(gram, direction, shift, product)
+            apply(direction)
             length = (size / _dot(direction, product).clamp_min(TINY)).to(right.dtype)
             self.solution.addcmul_(direction, length)
             if step + 1 == CG_STEPS:
@@ -189,9 +240,6 @@ class _Metric:
             scaled = torch.div(residual, diagonal, out=product)
             last, size = size, _dot(residual, scaled)
             direction.mul_((size / last.clamp_min(TINY)).to(right.dtype)).add_(scaled)
-
-    def _apply(self, gram: torch.Tensor, x: torch.Tensor, shift: float, out: torch.Tensor) -> torch.Tensor:
-        return torch.bmm(gram, x, out=out).mul_(self.values).add_(x, alpha=shift)
 
 
 def _dot(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
@@ -236,24 +284,22 @@ def factorize(
 
     generator = torch.Generator().manual_seed(seed)  # on the CPU: the same start on every device
     start_a, start_b = (torch.randn(k, n, generator=generator).to(device, dtype) for n in (n_out, n_in))
-    # first: it takes most memory on its way
-    metric = None if moment is None else _Metric(moment, target, k, dtype)
-    low = target.to(dtype)
-    side_a = _Side(start_a.expand(batch, -1, -1), low.transpose(1, 2).contiguous())
-    side_b = _Side(start_b.expand(batch, -1, -1), low)
-    fixed = (start_b.float() / start_b.float().norm(dim=1, keepdim=True)).to(dtype).expand(batch, -1, -1)
+    start_a, start_b = (start.expand(batch, -1, -1) for start in (start_a, start_b))
+    if moment is None:
+        ends, side_b = (RHO, RIDGE), _Side(start_b, target.to(dtype))
+        side_a = _Side(start_a, side_b.target.transpose(1, 2).contiguous())
+        fixed = torch.nn.functional.normalize(start_b.float(), dim=2, eps=TINY).to(dtype)
+    else:
+        ends, side_b = (METRIC_RHO, METRIC_RIDGE), _MetricSide(start_b, target, moment)
+        side_a = _Side(start_a, side_b.opposite_target)
+        fixed = side_b.seen()
     del start_a, start_b  # large
-    ends = (RHO, RIDGE) if metric is None else (METRIC_RHO, METRIC_RIDGE)
     for t in range(iterations):
         done = min(1.0, t / max(1, iterations - 3))
         rho, ridge = (_anneal(pair, done) for pair in ends)
-        if metric is None:
-            side_a.half_step(fixed, fixed, rho, ridge)
-            side_b.half_step(side_a.unit, side_a.unit, rho, ridge)
-        else:
-            side_a.half_step(*metric.normalised(fixed), rho, ridge)
-            side_b.metric_step(side_a.unit, metric, rho, ridge)
-        fixed = side_b.unit
+        side_a.half_step(fixed, rho, ridge)
+        side_b.half_step(side_a.unit, rho, ridge)
+        fixed = side_b.unit if moment is None else side_b.seen()
 
     if not all(torch.isfinite(side.row).all() for side in (side_a, side_b)):
         if dtype == torch.float32:
@@ -264,7 +310,7 @@ def factorize(
     signs_a = _signs(side_a.unit).transpose(1, 2)  # [batch, n_out, k]
     signs_b = _signs(side_b.unit)  # [batch, k, n_in]
     vectors = side_a.v[..., 0], side_b.v[..., 0]  # [batch, n_out], [batch, n_in]
-    del side_a, side_b, metric, low, fixed
+    del side_a, side_b, fixed
     factors, errors = [], []
     metric = None if moment is None else moment.metric
     for j in range(batch):

@@ -20,10 +20,12 @@ from dbf_gguf.factorize import (
     RIDGE,
     InputMoment,
     _anneal,
-    _Metric,
+    _gram,
+    _MetricSide,
     _refit,
     _Side,
     factorize,
+    few_equations,
 )
 from dbf_gguf.factors import Factors
 
@@ -187,12 +189,57 @@ def test_the_solver_of_the_half_step_converges():
     moment = InputMoment(correlated(n).T.cov())
     factor = torch.nn.functional.normalize(torch.randn(k, 20, generator=torch.Generator().manual_seed(2)), dim=1)
     gram, right = (factor @ factor.T)[None], torch.randn(1, k, n, generator=torch.Generator().manual_seed(3))
-    metric = _Metric(moment, torch.zeros(1, 4, n), k, torch.float32)
+    side = _MetricSide(torch.zeros(1, k, n), torch.zeros(1, 4, n), moment)
     for _ in range(40):
-        metric.solve(gram, right.clone(), shift, torch.empty_like(right))
-    system = torch.kron(gram[0].double(), metric.values.double().diag()) + shift * torch.eye(k * n)
+        side._solve(gram, right.clone(), shift)
+    system = torch.kron(gram[0].double(), side.values.double().diag()) + shift * torch.eye(k * n)
     wanted = torch.linalg.solve(system, right.double().flatten())
-    assert torch.allclose(metric.solution.flatten().double(), wanted, atol=1e-4)
+    assert torch.allclose(side.solution.flatten().double(), wanted, atol=1e-4)
+
+
+def half_step_in_float64(w, moment, start, fixed, rho, ridge):
+    """S [k, n_out] of the first half step for A', U being 0, by the formula (k equations)."""
+    h = moment.metric.double()
+    inner = fixed / ((fixed @ h) * fixed).sum(dim=1, keepdim=True).sqrt()
+    system = inner @ h @ inner.T + (ridge + rho) * torch.eye(len(fixed))
+    return torch.linalg.solve(system, inner @ h @ w.T + rho * start)
+
+
+@pytest.mark.parametrize(("k", "wide"), [(24, False), (150, True)])
+def test_half_step_under_a_moment_is_the_least_squares_solution(k, wide):
+    """Both ways to solve for A', with few middle channels and with more than inputs, against float64."""
+    n_out, n_in, rho, ridge = 40, 32, 0.4, 0.1
+    assert few_equations(k, n_in, n_out) == wide
+    generator = torch.Generator().manual_seed(2)
+    start_a, start_b = (torch.randn(k, n, generator=generator) for n in (n_out, n_in))
+    w, moment = weight(n_out, n_in), InputMoment(correlated(n_in).T.cov())
+    other = _MetricSide(start_b[None], w[None], moment)
+    side = _Side(start_a[None], other.opposite_target)
+    side.half_step(other.seen(), rho, ridge)
+    found = side.u[0] + side.row[0] * side.unit[0]  # S + U, U having been 0
+    wanted = half_step_in_float64(w.double(), moment, start_a.double(), start_b.double(), rho, ridge)
+    assert torch.allclose(found.double(), wanted, atol=1e-4 * wanted.abs().max())
+
+
+def test_turned_dual_is_that_of_the_signs():
+    """After a half step U is S − X in the metric's eigenvectors, and X is the projection of S onto signs."""
+    k, n_out, n_in = 24, 40, 32
+    generator = torch.Generator().manual_seed(2)
+    fixed = torch.nn.functional.normalize(torch.randn(1, k, n_out, generator=generator), dim=2)
+    moment = InputMoment(correlated(n_in).T.cov())
+    side = _MetricSide(torch.randn(1, k, n_in, generator=generator), weight(n_out, n_in)[None], moment)
+    side.half_step(fixed, 0.4, 0.1)
+    _, basis = moment.decomposition()
+    s = side.solution @ basis.T
+    assert torch.equal(side.unit < 0, s < 0)
+    assert torch.allclose(side.turned @ basis.T, side.unit, atol=1e-5)
+    assert torch.allclose(side.u @ basis.T, s - side.row * side.unit, atol=1e-4)
+
+
+@pytest.mark.parametrize("k", [5, 256, 300, 1100])
+def test_gram_matrix_in_blocks(k):
+    factor = torch.randn(2, k, 20, generator=torch.Generator().manual_seed(2))
+    assert torch.allclose(_gram(factor), factor @ factor.transpose(1, 2), atol=1e-4)
 
 
 def test_refit_under_a_moment_is_the_optimum_in_turn():
@@ -339,8 +386,9 @@ def test_all_zero_matrix():
     assert factors.dense().abs().max() < 1e-6
 
 
+@pytest.mark.parametrize("wide", [False, True])
 @pytest.mark.parametrize("ends", [(RHO, RIDGE), (METRIC_RHO, METRIC_RIDGE)])
-def test_nearly_parallel_rows_in_bfloat16(ends):
+def test_nearly_parallel_rows_in_bfloat16(ends, wide, monkeypatch):
     """Rounded to bfloat16 their Gram matrix is indefinite; the damping has to outweigh that at every iteration."""
     generator = torch.Generator().manual_seed(0)
     k, n = 768, 96
@@ -352,7 +400,8 @@ def test_nearly_parallel_rows_in_bfloat16(ends):
     target = torch.randn(1, n, n, generator=generator).bfloat16()
     rho, ridge = min(([_anneal(pair, t / 99) for pair in ends] for t in range(100)), key=sum)
     side = _Side(torch.randn(1, k, n, generator=generator).bfloat16(), target)
-    side.half_step(fixed, fixed, rho, ridge)
+    monkeypatch.setattr("dbf_gguf.factorize.few_equations", lambda *sizes: wide)
+    side.half_step(fixed, rho, ridge)
     assert side.u.abs().max() < 100
 
 
