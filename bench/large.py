@@ -208,7 +208,7 @@ def flops(n_out: int, n_in: int, k: int) -> tuple[float, float]:
 
     For A': Gram matrix, right-hand side, times the inverse, and a product more when the smaller system is solved;
     Cholesky factor and inverse n³ for n equations. For B': Gram matrix, right-hand side, two changes of basis, and the
-    Gram matrix times what it is solved for, four times. Gram matrices are whole, as on a card; a CPU makes 0.65 of them.
+    Gram matrix times what it is solved for, four times. Gram matrices are whole, as on a card; CPUs make 0.65 of them.
     """
     size = n_in if few_equations(k, n_in, n_out) else k
     to_a = 2 * k * size * n_in + 2 * k * n_in * n_out + 2 * size * size * n_out
