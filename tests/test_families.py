@@ -4,7 +4,8 @@ Run alone: pytest tests/test_families.py
 
 The models are tiny and random, but nothing in them is trivial: biases and norms are random and large, attention is far
 from uniform. llama-perplexity writes the log-probabilities of whole vocabularies for the second half of each window;
-with embeddings, head and KV cache in float32 each of them agrees with PyTorch's to a few thousandths.
+with embeddings, head and KV cache in float32 they differ from PyTorch's by what the kernels' rounding of inputs explains,
+mostly less than a thousandth.
 """
 
 import copy
@@ -14,6 +15,7 @@ import subprocess
 from pathlib import Path
 from types import SimpleNamespace
 
+import activations
 import gguf
 import numpy as np
 import pytest
@@ -88,9 +90,11 @@ JOINED = {  # --join; phi3 has nothing that could be joined
 N_LINEARS = {"phi3": 4, "llama-joined": 4, "qwen2-yarn": 4, "qwen3-joined": 4, "llama-tied": 5}
 TUNED = ("qwen2", "qwen3")
 TUNE = ["--tune", "scales", "--tune-tokens", "10240"]
-BOUND, BOUND_RMS = 1e-2, 2e-3  # nats; the largest measured are 6e-3 and 9e-4
+BOUND = 1e-2  # nats: differences of this size and more are no roundings
+# Of differences in units of what rounding does at their position (`rounding_error`): the largest of the 26,784 of a
+# model, and their RMS. Measured are 5.0 to 8.0 and 0.96 to 1.10.
+BOUND_SINGLE, BOUND_RMS = 12, 1.25
 FILES = "--embedding-type f32 --output-type f32"
-# 20 iterations: of poorer factors llama.cpp's rounding of inputs shows more, after 5 up to 1.1e-2 nats in llama-tied
 OPTIONS = "--bits 3 --calib-sequences 4 --seq-len 64 --iterations 20 --threads 1 --device cpu --eval-windows 0"
 OPTIONS += " --budget uniform"
 
@@ -184,9 +188,25 @@ def torch_log_probs(model, tokens: torch.Tensor) -> torch.Tensor:
     return log_probs.maximum(log_probs.amax(-1, keepdim=True) - 16)
 
 
-def agree(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
-    difference = (ours - theirs).abs()
-    return bool(difference.max() < BOUND and difference.square().mean().sqrt() < BOUND_RMS)
+def rounding_error(model, tokens: torch.Tensor, exact: torch.Tensor) -> torch.Tensor:
+    """How far llama.cpp may be off at each position [windows, positions, 1], in nats: an RMS over the vocabulary.
+
+    Its CPU kernels round the inputs of sign products. How much of that arrives at the logits differs by the position, up
+    to tenfold: here it is measured with roundings of that size, but other ones, in PyTorch.
+    """
+    steps = [activations.SUM_OF_FOUR - 100 * draw for draw in range(6)]
+    squares = torch.zeros(*exact.shape[:2], 1)
+    for number in steps:
+        with activations.rounded_products(model, activations.sums_of_four(number)):
+            squares += (torch_log_probs(model, tokens) - exact).square().mean(-1, keepdim=True)
+    return (squares / len(steps)).sqrt()
+
+
+def agree(model, tokens: torch.Tensor, theirs: torch.Tensor) -> bool:
+    """Whether `theirs` are the log-probabilities of the model, but for roundings."""
+    ours = torch_log_probs(model, tokens)
+    ratio = (ours - theirs).abs() / rounding_error(model, tokens, ours)
+    return bool(ratio.max() < BOUND_SINGLE and ratio.square().mean().sqrt() < BOUND_RMS)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -233,9 +253,9 @@ def test_file_is_sound(compressed):
 
 
 def test_llama_cpp_agrees_with_pytorch(compressed):
-    ours = torch_log_probs(dbf_gguf.load(compressed.work), compressed.tokens)
-    assert ours.std() > 1  # no even distribution, which everything would agree with
-    assert agree(ours, compressed.log_probs)
+    model = dbf_gguf.load(compressed.work)
+    assert compressed.log_probs.std() > 1  # no even distribution, which everything would agree with
+    assert agree(model, compressed.tokens, compressed.log_probs)
     dense = torch_log_probs(compressed.model, compressed.tokens)
     assert (dense - compressed.log_probs).abs().mean() > 10 * BOUND  # it is the compressed model that was compared
 
@@ -329,7 +349,7 @@ def test_from_gguf(family, join, tokenizer, text, tmp_path, patched_tree, llama_
     tokens, theirs = llama_cpp_log_probs(llama_bin, output, text, tmp_path)
     read = load_dense(source.resolve(str(dense)).folder)
     assert (torch_log_probs(read, tokens) - torch_log_probs(model, tokens)).abs().max() < BOUND
-    assert agree(torch_log_probs(dbf_gguf.load(work), tokens), theirs)
+    assert agree(dbf_gguf.load(work), tokens, theirs)
 
 
 # --- refused by name
