@@ -4,8 +4,8 @@ Run alone: pytest tests/test_families.py
 
 The models are tiny and random, but nothing in them is trivial: biases and norms are random and large, attention is far
 from uniform. llama-perplexity writes the log-probabilities of whole vocabularies for the second half of each window;
-with embeddings, head and KV cache in float32 they differ from PyTorch's by what the kernels' rounding of inputs explains,
-mostly less than a thousandth.
+with embeddings, head and KV cache in float32 they differ from PyTorch's by what the kernels' rounding of inputs
+explains, mostly less than a thousandth.
 """
 
 import copy
@@ -191,8 +191,8 @@ def torch_log_probs(model, tokens: torch.Tensor) -> torch.Tensor:
 def rounding_error(model, tokens: torch.Tensor, exact: torch.Tensor) -> torch.Tensor:
     """How far llama.cpp may be off at each position [windows, positions, 1], in nats: an RMS over the vocabulary.
 
-    Its CPU kernels round the inputs of sign products. How much of that arrives at the logits differs by the position, up
-    to tenfold: here it is measured with roundings of that size, but other ones, in PyTorch.
+    Its CPU kernels round the inputs of sign products. How much of that arrives at the logits differs by the position,
+    up to fivefold: here it is measured with roundings of that size, but other ones, in PyTorch.
     """
     steps = [activations.SUM_OF_FOUR - 100 * draw for draw in range(6)]
     squares = torch.zeros(*exact.shape[:2], 1)
