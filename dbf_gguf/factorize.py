@@ -21,6 +21,7 @@ How this differs from the plain method (`bench/factorize.py` has it, as referenc
 - One power iteration instead of five: the rank-1 vectors are warm-started.
 - Products, and the arrays between them, in bfloat16 with float32 accumulation, where the machine multiplies it faster
   than float32. Signs are exact in it, and the roundings of the rest hardly move the error (tests/test_factorize.py).
+- Where k exceeds d, the half step solves d equations in the place of k; of Gram matrices, a CPU computes one half.
 - Any number of equal-shaped matrices at once (a leading batch dimension), on any torch device.
 
 Importance (section 3.3): W' = diag(o) W diag(i) is factorized and the scales divided by o and i afterwards.
