@@ -194,10 +194,11 @@ class _MetricSide(_Side):
         """target V [batch, n_out, n_in], float32."""
         values, basis = moment.decomposition()
         values, dtype = values.clamp_min(0), start.dtype
-        scaled = target @ (basis * values.sqrt())  # V Q √h
-        super().__init__(start, (scaled * values.sqrt()).to(dtype))  # V H Q
+        root = values.sqrt()
+        scaled = target @ (basis * root)  # V Q √h
         self.opposite_target = scaled.transpose(1, 2).to(dtype).contiguous()
-        self.values, self.root, self.basis = values.to(dtype), values.sqrt().to(dtype), basis.to(dtype)
+        super().__init__(start, scaled.mul_(root).to(dtype))  # V H Q
+        self.values, self.root, self.basis = values.to(dtype), root.to(dtype), basis.to(dtype)
         self.turned = self.unit @ self.basis
         self.solution, self.direction = torch.zeros_like(self.unit), torch.empty_like(self.unit)
 
