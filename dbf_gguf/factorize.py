@@ -89,19 +89,19 @@ class _Side:
         """
         shift, across = ridge + rho, fixed.transpose(1, 2)
         if few_equations(*fixed.shape[1:], self.s.shape[2]):
-            self._pulled(rho / shift, self.s)
+            self._pull(self.unit, self.s).mul_(rho / shift)
             missing = torch.baddbmm(self.target, across, self.s, alpha=-1)
             self.s.baddbmm_(fixed, torch.bmm(_inverse(_gram(across), shift), missing))
         else:
-            self._pulled(rho, self.right).baddbmm_(fixed, self.target)
+            self._pull(self.unit, self.right).mul_(rho).baddbmm_(fixed, self.target)
             torch.bmm(_inverse(_gram(fixed), shift), self.right, out=self.s)
         self.u.add_(self.s)
         self._project(self.u, self.s)
         self.u.addcmul_(self.unit, self.row.to(self.u.dtype), value=-1)
 
-    def _pulled(self, rho: float, out: torch.Tensor) -> torch.Tensor:
-        """ρ (X − U)."""
-        return torch.mul(self.unit, self.row.to(out.dtype), out=out).sub_(self.u).mul_(rho)
+    def _pull(self, unit: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        """X − U, where X = row ⊙ unit in the basis that U is kept in."""
+        return torch.mul(unit, self.row.to(out.dtype), out=out).sub_(self.u)
 
     def _project(self, total: torch.Tensor, magnitude: torch.Tensor) -> None:
         """X = SVID(S + U) (paper, section 3.2), by one power iteration from the last rank-1 vectors.
@@ -209,16 +209,15 @@ class _MetricSide(_Side):
 
     def half_step(self, fixed: torch.Tensor, rho: float, ridge: float) -> None:
         """Moves this factor against `fixed` [batch, k, n_out], rows of unit length."""
-        row = self.row.to(self.u.dtype)
         right = torch.bmm(fixed, self.target, out=self.right)
-        right.add_(torch.mul(self.turned, row, out=self.s).sub_(self.u), alpha=rho)
-        self._solve(_gram(fixed), right, rho + ridge)
+        right.add_(self._pull(self.turned, self.s), alpha=rho)
+        self._conjugate_gradients(_gram(fixed), right, rho + ridge)
         self.u.add_(self.solution)
         self._project(torch.matmul(self.u, self.basis.T, out=self.s), self.right)
         torch.matmul(self.unit, self.basis, out=self.turned)
         self.u.addcmul_(self.turned, self.row.to(self.u.dtype), value=-1)
 
-    def _solve(self, gram: torch.Tensor, right: torch.Tensor, shift: float) -> None:
+    def _conjugate_gradients(self, gram: torch.Tensor, right: torch.Tensor, shift: float) -> None:
         """Brings `solution` [batch, k, n_in] closer to that of gram · S̃ · diag(h) + shift · S̃ = right.
 
         Conjugate gradients for every column, preconditioned with the diagonal h + shift (that of `gram` is 1). `right`,

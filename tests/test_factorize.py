@@ -191,7 +191,7 @@ def test_the_solver_of_the_half_step_converges():
     gram, right = (factor @ factor.T)[None], torch.randn(1, k, n, generator=torch.Generator().manual_seed(3))
     side = _MetricSide(torch.zeros(1, k, n), torch.zeros(1, 4, n), moment)
     for _ in range(40):
-        side._solve(gram, right.clone(), shift)
+        side._conjugate_gradients(gram, right.clone(), shift)
     system = torch.kron(gram[0].double(), side.values.double().diag()) + shift * torch.eye(k * n)
     wanted = torch.linalg.solve(system, right.double().flatten())
     assert torch.allclose(side.solution.flatten().double(), wanted, atol=1e-4)
