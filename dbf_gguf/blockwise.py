@@ -43,6 +43,7 @@ from .blocks import MIDDLE, Activations, BlockModel, apply_work, block_prefix, l
 from .checkpoint import SIGNS, WorkFolder, block_file
 from .factorize import InputMoment
 from .factors import pack_signs
+from .importance import token_weights
 from .lookup import lookups
 from .model import DBFLinear
 from .threads import in_order, side_by_side
@@ -169,13 +170,12 @@ class Streams:
 
     @staticmethod
     def token_weights(x: torch.Tensor) -> torch.Tensor:
-        """Weights [tokens, 1] by which no token counts for more than TOKEN_CAP times the median one of x [tokens, n].
+        """Weights [tokens, 1] that bound what a token of x [tokens, n] counts for, by TOKEN_CAP.
 
         A few tokens, the first above all, are up to a hundred thousand times as large as the rest where later blocks
         attend to them. Without a bound H would be theirs alone; with a low one the factors would not make them.
         """
-        energy = x.float().square().sum(dim=1, keepdim=True)
-        return (TOKEN_CAP * energy.median() / energy.clamp_min(1e-20)).clamp_max(1).to(x.dtype)
+        return token_weights(x, TOKEN_CAP).to(x.dtype)
 
 
 def corrected(weights: dict[str, torch.Tensor], moment: InputMoment, halves: torch.Tensor, at_output: bool):

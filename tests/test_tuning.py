@@ -365,7 +365,10 @@ def reference_importance(kind: str, windows: torch.Tensor) -> dict[str, torch.Te
             handle.remove()
         for name, (x, y) in seen.items():
             squares.setdefault(f"{name}.input", []).append(x[0].detach().square())
-            squares.setdefault(f"{name}.output", []).append(y.grad[0].square())
+            energy = y.grad[0].square().sum(dim=1, keepdim=True)
+            some = energy[energy > 1e-10 * energy.max()]  # not the last token, and of the first no query
+            bound = importance.TOKEN_CAP * some.median()
+            squares.setdefault(f"{name}.output", []).append(y.grad[0].square() * (bound / energy).clamp(max=1))
     return {key: torch.cat(values).mean(dim=0).sqrt() for key, values in squares.items()}
 
 
@@ -393,6 +396,18 @@ def test_importance_is_that_of_plain_autograd(kind, length, windows_in_a_group, 
     monkeypatch.undo()
     plain = importance.measure(BlockModel(tmp_path), windows, tmp_path)
     assert all(found[key].equal(plain[key]) for key in plain)
+
+
+def test_a_token_with_an_enormous_gradient_counts_for_little_more_than_others():
+    x = torch.randn(50, 8, generator=torch.Generator().manual_seed(0))
+    x[3], x[7:20] = 1000 * x[3], 0  # tokens without a gradient: the bound is not that of all tokens' median, 0
+    energy = x.square().sum(dim=1, keepdim=True)
+    others = torch.cat([x[:3], x[4:]]).square().sum(dim=0)
+    found = importance._squares(x[None], 10.0)
+    bound = 10 * energy[energy > 0].median().item()
+    assert (found >= others).all() and (found - others).sum() == pytest.approx(bound, rel=1e-3)
+    assert importance._squares(x[None]).sum() == pytest.approx(energy.sum(), rel=1e-5)
+    assert importance._squares(torch.zeros(1, 5, 8), 10.0).equal(torch.zeros(8))
 
 
 def test_importance_side_by_side_is_the_same_every_time(tmp_path):
