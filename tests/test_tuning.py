@@ -406,7 +406,7 @@ def test_a_token_with_an_enormous_gradient_counts_for_little_more_than_others():
     found = importance._squares(x[None], 10.0)
     bound = 10 * energy[energy > 0].median().item()
     assert (found >= others).all() and (found - others).sum() == pytest.approx(bound, rel=1e-3)
-    assert importance._squares(x[None]).sum() == pytest.approx(energy.sum(), rel=1e-5)
+    assert importance._squares(x[None]).sum() == pytest.approx(energy.sum().item(), rel=1e-5)
     assert importance._squares(torch.zeros(1, 5, 8), 10.0).equal(torch.zeros(8))
 
 
