@@ -33,8 +33,8 @@ MEMORY_BYTES = 1 << 30  # of block inputs that are kept in memory; a larger grou
 GROUP_BYTES = 8 << 30  # of block inputs in a file, or half of the free disk where that is less
 # Times the median energy of a token's output gradient in its window; a token above it counts as if it had that much.
 # SmolLM2 with only these linears compressed (2.2 bits, no metric), KL on other text without and with it: q, k, v of
-# blocks 8 to 29 0.192 and 0.130 (another seed 0.200 and 0.138), of blocks 0 to 7 0.064 and 0.060, all o 0.138 and 0.133.
-# It makes no clear difference to gate and up; a bound of 2 does about the same.
+# blocks 8 to 29 0.192 and 0.130 (another seed 0.200 and 0.138), of blocks 0 to 7 0.064 and 0.060, all o 0.138 and
+# 0.133. It makes no clear difference to gate and up; a bound of 2 does about the same.
 TOKEN_CAP = 10.0
 
 
