@@ -24,8 +24,8 @@
 
 A key that is not in this list, or a value of another type, is an error that names file and key.
 
-The amounts are those of `--effort normal`. EFFORTS says what the other efforts multiply them by, and which stages each
-has. What none of them does is only there as an option.
+The amounts are those of `--effort normal`. EFFORTS says what the other efforts multiply them by, and how each allocates
+bits. What none of them does is only there as an option.
 """
 
 import sys
@@ -87,19 +87,21 @@ _OPTIONAL = ("bits", "iterations", "block_tokens", "tune", "groups")
 
 @dataclass(frozen=True)
 class Effort:
-    """What `--effort` stands for: stages, and amounts as multiples of the recipe's."""
+    """What `--effort` stands for: the budget, and amounts as multiples of the recipe's."""
 
-    blocks: str
     budget: str
     iterations: float
     block_tokens: float
     tune_tokens: float
 
 
+# All fit the linears to their real inputs (`--blocks fit`); tuning each block after that brings little. Block 3 of
+# SmolLM2 at 2 bits, 196,608 tokens: the output's error on other windows is 0.2681, scales tuned 0.2661 (after 49 s),
+# signs too 0.2693.
 EFFORTS = {
-    "fast": Effort(blocks="fit", budget="uniform", iterations=0.5, block_tokens=0.5, tune_tokens=0.25),
-    "normal": Effort(blocks="fit", budget="adaptive", iterations=1.0, block_tokens=1.0, tune_tokens=1.0),
-    "max": Effort(blocks="signs", budget="adaptive", iterations=2.0, block_tokens=2.0, tune_tokens=2.0),
+    "fast": Effort(budget="uniform", iterations=0.5, block_tokens=0.5, tune_tokens=0.25),
+    "normal": Effort(budget="adaptive", iterations=1.0, block_tokens=1.0, tune_tokens=1.0),
+    "max": Effort(budget="adaptive", iterations=2.0, block_tokens=2.0, tune_tokens=2.0),
 }
 
 # A model without a recipe: modest needs, nothing that only some models can do

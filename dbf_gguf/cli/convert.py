@@ -222,7 +222,7 @@ def resolve_settings(source, device: str, options: dict):
         tokens, minutes = recipe.tune.get("tune_tokens"), recipe.tune.get("tune_minutes")
         tokens, minutes = (None if x is None else type(x)(x * effort.tune_tokens) for x in (tokens, minutes))
     tune = chosen("tune", recipe.tune["tune"])
-    blocks, block_tokens = chosen("blocks", effort.blocks), recipe.block_tokens
+    blocks, block_tokens = chosen("blocks", "fit"), recipe.block_tokens
     return Settings(
         bits=chosen("bits", recipe.bits) if options["size"] is None else None,
         size=options["size"],
