@@ -12,6 +12,10 @@ the loss at two widths (`sensitivity`), taken as log-linear in k between and bey
 
 and, from a floor on, it gives one step of 32 channels after the other to the linear whose effect falls most per bit.
 The curves are convex, so up to one step no other choice of widths has a smaller Σ effect for the same bits.
+
+Effects are those in an otherwise dense model. Where every block is fitted to what those before it give, it makes up for
+a part of what is wrong in them, and for the last block none is left to do so. Hence an effect counts for the more the
+further down its block is (`weighted`).
 """
 
 import heapq
@@ -24,6 +28,9 @@ from .factors import BLOCK
 MIN_BITS, MAX_BITS = 0.3, 6.0
 SCALE_BITS = 16
 FLOOR = 0.6  # of the requested bits, for every linear
+# see `weighted`. SmolLM2 at 2 bits, by `--effort fast` but for the budget, held-out KL before tuning, after 40 and 200
+# steps: without it 0.776, 0.666, 0.632; with 0.3 0.744, 0.660, 0.608; with 0.6 0.774, 0.682
+DEPTH = 0.3
 
 Curve = tuple[tuple[int, float], tuple[int, float]]
 
@@ -86,6 +93,20 @@ def adaptive_budget(shapes: Mapping[str, tuple[int, int]], bits: float, curves: 
     if 2 * left >= BLOCK * (cheapest + SCALE_BITS):  # one step more comes nearer
         equal = [name for name, shape in shapes.items() if sum(shape) == cheapest]
         result[max(equal, key=lambda name: _gain(curves[name], result[name]))] += BLOCK
+    return result
+
+
+def weighted(curves: Mapping[str, Curve]) -> dict[str, Curve]:
+    """Effects for the block-by-block compression: those of block i ("model.layers.i. …") of n times e^(DEPTH · t).
+
+    t = 2 i / (n − 1) − 1 goes from −1 at the first block to 1 at the last.
+    """
+    numbers = {name: int(name.split(".")[2]) for name in curves}
+    last = max(1, *numbers.values())
+    result = {}
+    for name, ((k_0, effect_0), (k_1, effect_1)) in curves.items():
+        factor = math.exp(DEPTH * (2 * numbers[name] / last - 1))
+        result[name] = (k_0, factor * effect_0), (k_1, factor * effect_1)
     return result
 
 

@@ -29,7 +29,16 @@ from safetensors import safe_open
 
 from . import blockwise, calibration, distill, importance, lookup, parallel, sensitivity
 from .blocks import BlockModel
-from .budget import MAX_BITS, MIN_BITS, adaptive_budget, bits_for_size, bits_per_weight, linear_bits, uniform_budget
+from .budget import (
+    MAX_BITS,
+    MIN_BITS,
+    adaptive_budget,
+    bits_for_size,
+    bits_per_weight,
+    linear_bits,
+    uniform_budget,
+    weighted,
+)
 from .checkpoint import WorkFolder, block_file, read_tensors
 from .errors import DBFError
 from .evaluate import dense_and_compressed
@@ -365,7 +374,10 @@ class Job:
             return
         if s.budget == "adaptive":
             self._measure_effects()
-        self.budget = adaptive_budget(self.shapes, s.bits, self.curves)
+        curves = self.curves if s.blocks == "none" else weighted(self.curves)
+        self.budget = adaptive_budget(self.shapes, s.bits, curves)
+        if any(record["k"] != self.budget[name] for name, record in work.manifest["linears"].items()):
+            raise DBFError(f"{work.path} was begun by a version that divides bits otherwise: give a new --work folder")
         if parallel.is_main():
             sensitivity.write(work.path / BUDGET, self.weights, self.curves, bits=s.bits, k=self.budget)
         sensitivity.clean(work.path / EFFECTS)

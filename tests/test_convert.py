@@ -611,7 +611,7 @@ def test_adaptive_budget(model, text, tmp_path, monkeypatch, capsys, patched_tre
     stored = json.loads((whole.path / "budget.json").read_text())
     assert ks == whole.manifest["budget"] == stored["k"]
     curves = {name: tuple(map(tuple, curve)) for name, curve in stored["curves"].items()}
-    assert ks == budget.adaptive_budget(shapes, 3.0, curves)
+    assert ks == budget.adaptive_budget(shapes, 3.0, budget.weighted(curves))
     assert ks != budget.uniform_budget(shapes, 3.0)
 
     assert not (whole.path / "effects").exists()
@@ -651,7 +651,7 @@ def test_adaptive_budget(model, text, tmp_path, monkeypatch, capsys, patched_tre
     arguments = ["--calib", text, "--bits", "3.5", "--budget", "mine.json", "-o", "more.gguf"]
     convert_here(monkeypatch, capsys, model, *arguments)
     again = WorkFolder.open(tmp_path / "more-work").manifest["budget"]
-    assert again == budget.adaptive_budget(shapes, 3.5, curves)
+    assert again == budget.adaptive_budget(shapes, 3.5, budget.weighted(curves))
     with GGUFFile(tmp_path / "more.gguf") as file:
         assert check_format(file) == []
         assert json.loads(file.get("dbf.settings"))["budget"].startswith("mine.json ")

@@ -4,11 +4,13 @@ Run alone: pytest tests/test_factors.py     (seconds, nothing is downloaded)
 """
 
 import errno
+import math
 import os
 import signal
 import struct
 import subprocess
 import sys
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -16,6 +18,7 @@ import torch
 
 from dbf_gguf import checkpoint
 from dbf_gguf.budget import (
+    DEPTH,
     FLOOR,
     MAX_BITS,
     MIN_BITS,
@@ -24,6 +27,7 @@ from dbf_gguf.budget import (
     bits_per_weight,
     linear_bits,
     uniform_budget,
+    weighted,
 )
 from dbf_gguf.checkpoint import WorkFolder
 from dbf_gguf.errors import DBFError
@@ -240,6 +244,23 @@ def test_the_more_a_linear_matters_the_more_bits_it_gets():
     curves = {name: ((128, 2.0 ** int(name)), (256, 0.3 * 2.0 ** int(name))) for name in shapes}
     ks = list(adaptive_budget(shapes, 1.5, curves).values())
     assert ks == sorted(ks) and ks[0] < ks[-1]
+
+
+def test_effects_count_for_the_more_the_further_down_the_block_is():
+    """Of effects that are equal: by a constant factor from block to block, e^(2 DEPTH) from first to last."""
+    curves = {name: ((32, 0.4), (64, 0.1)) for name in SMOLLM2}
+    found = weighted(curves)
+    assert list(found) == list(curves)
+    at = [found[f"model.layers.{i}.mlp.down_proj"] for i in range(30)]
+    ratios = [later[1][1] / earlier[1][1] for earlier, later in pairwise(at)]
+    assert ratios == pytest.approx([math.exp(2 * DEPTH / 29)] * 29)
+    assert math.prod(effect for _, (_, effect) in at) == pytest.approx(0.1**30)
+    assert all(curve[0][1] == pytest.approx(4 * curve[1][1]) and curve[1][0] == 64 for curve in found.values())
+    shapes = {name: (256, 256) for name in SMOLLM2}
+    ks = adaptive_budget(shapes, 1.5, found)
+    assert ks["model.layers.0.mlp.down_proj"] < ks["model.layers.29.mlp.down_proj"]
+    one = {"model.layers.0.mlp.down_proj": curves["model.layers.0.mlp.down_proj"]}
+    assert weighted(one)["model.layers.0.mlp.down_proj"][1][1] == pytest.approx(0.1 * math.exp(-DEPTH))
 
 
 def test_bits_for_a_size():
