@@ -51,8 +51,8 @@ def is_main() -> bool:
 def together() -> Iterator[None]:
     """Within, the processes of a launcher are one group. Of all that they raise only the first comes out.
 
-    All but the first end here. They do so at once, without Python's own end: one aborted there, it seems by a thread of
-    gloo's that still let go of the last exchange, and the launcher then ends the first as well.
+    Where that went well they end here, at once, without Python's own end: threads of gloo's may still hold what they
+    last exchanged, and one that lets go of it then aborts the process, and the launcher all others.
     """
     _join()
     try:
@@ -62,7 +62,7 @@ def together() -> Iterator[None]:
             raise
         time.sleep(LAST_WORDS)
         raise SystemExit(1) from None
-    if not is_main():
+    if _store is not None:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(0)

@@ -2,8 +2,8 @@
 
     python -m pytest tests/test_parallel.py
 
-As a program, which a launcher starts twice, this file runs the stages, or a convert whose second process fails: in the
-factorization, or at Python's own end.
+As a program, which a launcher starts twice, this file runs the stages, or a convert that fails: its second process in
+the factorization, or both at Python's own end.
 """
 
 import atexit
@@ -251,8 +251,8 @@ def test_an_error_of_the_second_ends_both_with_one_line(pair, model, text, tmp_p
     assert not (tmp_path / "tiny.gguf").exists()
 
 
-def test_the_second_ends_without_pythons_own_end(pair, model, text, tmp_path):  # noqa: F811
-    """There it may abort for want of the interpreter (one did), while the first makes the file."""
+def test_none_ends_with_pythons_own_end(pair, model, text, tmp_path):  # noqa: F811
+    """There they may abort for want of the interpreter: both have done so, one while the other made the file."""
     output = tmp_path / "tiny.gguf"
     shutil.copytree(pair[1], tmp_path / "tiny-work")
     assert "written " in ended(launch(__file__, "abort", *converts(model, text, output, "--resume")))
@@ -296,10 +296,9 @@ if __name__ == "__main__":
             stages(*map(Path, sys.argv[2:]))
             parallel.leave()
     else:
-        if os.environ["RANK"] == "1":
-            if sys.argv[1] == "fail":
-                pipeline.factorize = fault
-            else:
-                atexit.register(os.abort)
+        if sys.argv[1] == "abort":
+            atexit.register(os.abort)
+        elif os.environ["RANK"] == "1":
+            pipeline.factorize = fault
         del sys.argv[1]
         cli.main()
