@@ -615,6 +615,11 @@ def test_adaptive_budget(model, text, tmp_path, monkeypatch, capsys, patched_tre
     assert ks != budget.uniform_budget(shapes, 3.0)
 
     assert not (whole.path / "effects").exists()
+    with monkeypatch.context() as patch:  # gone on with by a version that comes to other widths
+        patch.setattr(budget, "DEPTH", 3.0)
+        with pytest.raises(SystemExit):
+            convert_here(patch, capsys, *arguments, "whole.gguf", "--resume")
+        assert "give a new --work folder" in capsys.readouterr().err
 
     # interrupted while it measures
     with monkeypatch.context() as patch:
