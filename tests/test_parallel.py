@@ -252,7 +252,7 @@ def test_an_error_of_the_second_ends_both_with_one_line(pair, model, text, tmp_p
 
 
 def test_none_ends_with_pythons_own_end(pair, model, text, tmp_path):  # noqa: F811
-    """There they may abort for want of the interpreter: both have done so, one while the other made the file."""
+    """There they may abort for want of the interpreter: one did so, while the other made the file."""
     output = tmp_path / "tiny.gguf"
     shutil.copytree(pair[1], tmp_path / "tiny-work")
     assert "written " in ended(launch(__file__, "abort", *converts(model, text, output, "--resume")))
