@@ -30,12 +30,14 @@ import threading
 import time
 from pathlib import Path
 
+import gguf
 import torch
 from safetensors.torch import save_file
 
 from dbf_gguf import recipes
 from dbf_gguf.budget import uniform_budget
 from dbf_gguf.factorize import OUTER_ITERATIONS, InputMoment, factorize, few_equations
+from dbf_gguf.join import JOINS
 
 HIDDEN, FEED_FORWARD, HEADS, VOCABULARY = 4096, 11008, 32, 32000
 WHOLE = 32  # blocks of Llama-2-7B
@@ -43,14 +45,6 @@ SHAPES = {f"self_attn.{name}_proj": (HIDDEN, HIDDEN) for name in "qkvo"} | {
     "mlp.gate_proj": (FEED_FORWARD, HIDDEN),
     "mlp.up_proj": (FEED_FORWARD, HIDDEN),
     "mlp.down_proj": (HIDDEN, FEED_FORWARD),
-}
-# by the names that `convert` prints, joint linears too
-KINDS = {f"attn_{name}": (HIDDEN, HIDDEN) for name in ("q", "k", "v", "output")} | {
-    "attn_qkv": (3 * HIDDEN, HIDDEN),
-    "ffn_gate": (FEED_FORWARD, HIDDEN),
-    "ffn_up": (FEED_FORWARD, HIDDEN),
-    "ffn_gate_up": (2 * FEED_FORWARD, HIDDEN),
-    "ffn_down": (HIDDEN, FEED_FORWARD),
 }
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],
@@ -81,8 +75,20 @@ INPUTS = 2048  # random ones, whose moment is the metric
 # 1 TFLOPS on eigenvectors, whose first half is bound by memory, 70 % of its 1 TB/s.
 GPU_PRODUCTS, GPU_FLOAT32, GPU_EIGEN, GPU_BANDWIDTH = 80e12, 20e12, 1e12, 0.7e12
 # over arrays [k, n_out] and [k, n_in] that an iteration makes beside its products, read and written (factorize.py)
-PASSES_OUT, PASSES_IN = 16, 100
+PASSES_OUT, PASSES_IN = 19, 107
 TUNING = 11  # FLOP a weight and token at 1.5 bits: dense model 2; factors forward 3, the same anew, and backward 3
+
+
+def kinds() -> dict[str, tuple[int, int]]:
+    """Shapes by the names that `convert` prints: "ffn_up" and so on, and the joint linears."""
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 1)
+    found = {}
+    for linear, shape in SHAPES.items():
+        found[names.get_name(f"model.layers.0.{linear}").rpartition(".")[2]] = shape
+    for join in JOINS.values():
+        parts = [found[base] for base in join.bases]
+        found[join.base] = (sum(n_out for n_out, _ in parts), parts[0][1])
+    return found
 
 
 def write_checkpoint(folder: Path, blocks: int) -> None:
@@ -278,7 +284,7 @@ def main() -> int:
         print(f"{blocks:6}  {line}")
 
     met = {name.rpartition(".")[2] for r in results for name in r["linears"]}
-    shapes = {kind: shape for kind, shape in KINDS.items() if kind in met}
+    shapes = {kind: shape for kind, shape in kinds().items() if kind in met}
     budget = uniform_budget(shapes, arguments.bits)
     print(f"\na whole model: {WHOLE} blocks, {arguments.bits} bits, {OUTER_ITERATIONS} iterations; seconds of a linear")
     print(f"{'shape':>13}  {'k':>5}  {'TFLOP':>6}  {'once':>6}  {'iteration':>9}  {'here':>7}  GPU (predicted)")
@@ -324,12 +330,13 @@ def counted_up(shape: tuple[int, int], k: int, *measured: tuple[int, float]) -> 
 
 def time_linears(device: str, bits: float) -> None:
     """Times a factorization of each joint linear of a block, and counts it up to a whole model."""
-    budget = uniform_budget({kind: KINDS[kind] for kind in JOINED}, bits)
+    shapes = {kind: shape for kind, shape in kinds().items() if kind in JOINED}
+    budget = uniform_budget(shapes, bits)
     print(f"a factorization on {device}, {bits} bits, random weights, by {TIMED[0]} and {TIMED[1]} iterations; seconds")
     print(f"{'shape':>13}  {'k':>5}  {'once':>6}  {'iteration':>9}  {f'all {OUTER_ITERATIONS}':>7}  4090 (predicted)")
     block = predicted = 0.0
     for kind in JOINED:
-        (n_out, n_in), k = KINDS[kind], budget[kind]
+        (n_out, n_in), k = shapes[kind], budget[kind]
         generator = torch.Generator(device).manual_seed(0)
         weight = torch.randn(1, n_out, n_in, generator=generator, device=device)
         x = torch.randn(INPUTS, n_in, generator=generator, device=device)
