@@ -30,7 +30,6 @@ import threading
 import time
 from pathlib import Path
 
-import gguf
 import torch
 from safetensors.torch import save_file
 
@@ -38,6 +37,7 @@ from dbf_gguf import recipes
 from dbf_gguf.budget import uniform_budget
 from dbf_gguf.factorize import OUTER_ITERATIONS, InputMoment, factorize, few_equations
 from dbf_gguf.join import JOINS
+from dbf_gguf.pipeline import gguf_name
 
 HIDDEN, FEED_FORWARD, HEADS, VOCABULARY = 4096, 11008, 32, 32000
 WHOLE = 32  # blocks of Llama-2-7B
@@ -81,10 +81,7 @@ TUNING = 11  # FLOP a weight and token at 1.5 bits: dense model 2; factors forwa
 
 def kinds() -> dict[str, tuple[int, int]]:
     """Shapes by the names that `convert` prints: "ffn_up" and so on, and the joint linears."""
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 1)
-    found = {}
-    for linear, shape in SHAPES.items():
-        found[names.get_name(f"model.layers.0.{linear}").rpartition(".")[2]] = shape
+    found = {gguf_name(f"model.layers.0.{linear}").rpartition(".")[2]: shape for linear, shape in SHAPES.items()}
     for join in JOINS.values():
         parts = [found[base] for base in join.bases]
         found[join.base] = (sum(n_out for n_out, _ in parts), parts[0][1])

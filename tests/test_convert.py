@@ -21,12 +21,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import dbf_gguf
-from dbf_gguf import budget, cli, machine, pipeline
+from dbf_gguf import budget, cli, machine, pipeline, prepare
 from dbf_gguf.checkpoint import WorkFolder
 from dbf_gguf.cli.convert import parse_size, resolve_settings
 from dbf_gguf.errors import DBFError
 from dbf_gguf.gguf_file import GGUFFile
 from dbf_gguf.gguf_writer import check_output, write_gguf
+from dbf_gguf.model import linear_shapes
 from dbf_gguf.source import ModelSource, resolve
 from dbf_gguf.verify import check_format, check_work
 
@@ -396,12 +397,12 @@ def test_a_tokenizer_that_the_converter_does_not_know(model, text, tmp_path, mon
 
 
 def test_a_disk_too_small_is_refused_beforehand(model, text, tmp_path, monkeypatch, capsys):
-    real = pipeline.shutil.disk_usage
+    real = prepare.shutil.disk_usage
 
     def usage(path):
         return type(real(path))(1 << 30, (1 << 30) - 4096, 4096)
 
-    monkeypatch.setattr(pipeline.shutil, "disk_usage", usage)
+    monkeypatch.setattr(prepare.shutil, "disk_usage", usage)
     output = tmp_path / "out.gguf"
     error = fails(monkeypatch, capsys, "convert", model, "--calib", text, "-o", output, *OPTIONS)
     assert "is too full" in error
@@ -479,14 +480,12 @@ def test_memory_of_a_container(tmp_path, monkeypatch, text, limited):
 
 
 def test_equal_linears_of_a_block_go_together_on_a_gpu():
-    job = pipeline.Job(None, type("Settings", (), {"device": "cpu"}), None)
     names = [f"model.layers.{i}.mlp.{kind}" for i in (0, 1) for kind in ("gate_proj", "up_proj", "down_proj")]
-    job.shapes = {name: (96, 64) if "down" not in name else (64, 96) for name in names}
-    job.budget = dict.fromkeys(names, 64)
-    job.kind = "cuda"
-    assert job.units(names) == [names[0:2], names[2:3], names[3:5], names[5:6]]
-    job.kind = "cpu"
-    assert job.units(names) == [[name] for name in names]
+    shapes = {name: (96, 64) if "down" not in name else (64, 96) for name in names}
+    widths = dict.fromkeys(names, 64)
+    together = [names[0:2], names[2:3], names[3:5], names[5:6]]
+    assert pipeline.units(names, shapes, widths, "cuda:0") == together
+    assert pipeline.units(names, shapes, widths, "cpu") == [[name] for name in names]
 
 
 def test_the_result_does_not_depend_on_the_order_of_the_linears(model, text, tmp_path, patched_tree):
@@ -522,7 +521,7 @@ def test_without_tuning_and_with_perplexities(model, text, tmp_path, monkeypatch
     """The scales are those of the factorization, rounded to float16."""
     output = tmp_path / "plain.gguf"
     arguments = ["convert", model, "--calib", text, "-o", output, *OPTIONS, "--tune", "none", "--eval-windows", "2"]
-    monkeypatch.setattr(pipeline.calibration, "wiki_text", lambda split: text.read_text())
+    monkeypatch.setattr(prepare.calibration, "wiki_text", lambda split: text.read_text())
     monkeypatch.setattr(sys, "argv", ["dbf-gguf", *map(str, arguments)])
     cli.main()
     printed = capsys.readouterr().out
@@ -601,13 +600,13 @@ def test_sizes_are_read(text, size):
 def test_adaptive_budget(model, text, tmp_path, monkeypatch, capsys, patched_tree):
     """Measured, interrupted and gone on with; shown; used again at other bits without a measurement; refused."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(pipeline, "check_convertible", lambda folder, tree: None)  # seconds, and tested above
+    monkeypatch.setattr(prepare, "check_convertible", lambda folder, tree: None)  # seconds, and tested above
     arguments = [model, "--calib", text, "--bits", "3", "--budget", "adaptive", "-o"]
     printed = convert_here(monkeypatch, capsys, *arguments, "whole.gguf")
     assert re.search(r"budget: \d\.\d\d to \d\.\d\d bits a linear, \d\.\d{3} over all", printed)
     whole = WorkFolder.open(tmp_path / "whole-work")
     ks = {name: whole.scales(name)["scale_m"].numel() for name in whole.linears()}
-    shapes = pipeline.linear_shapes(model, "qkv,gate_up")
+    shapes = linear_shapes(model, "qkv,gate_up")
     stored = json.loads((whole.path / "budget.json").read_text())
     assert ks == whole.manifest["budget"] == stored["k"]
     curves = {name: tuple(map(tuple, curve)) for name, curve in stored["curves"].items()}
@@ -620,6 +619,7 @@ def test_adaptive_budget(model, text, tmp_path, monkeypatch, capsys, patched_tre
         with pytest.raises(SystemExit):
             convert_here(patch, capsys, *arguments, "whole.gguf", "--resume")
         assert "give a new --work folder" in capsys.readouterr().err
+    assert WorkFolder.open(whole.path).manifest == whole.manifest
 
     # interrupted while it measures
     with monkeypatch.context() as patch:
@@ -677,7 +677,7 @@ def test_joined_linears_with_everything_else(model, text, tmp_path, monkeypatch,
     """As they are by default, with a size, an adaptive budget, signs trained in blocks and in the whole; another --join
     is refused afterwards."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(pipeline, "check_convertible", lambda folder, tree: None)  # seconds, and tested above
+    monkeypatch.setattr(prepare, "check_convertible", lambda folder, tree: None)  # seconds, and tested above
     more = "--budget adaptive --blocks signs --tune signs --iterations 3 --size 55000 -o joined.gguf"
     more += " --tune-tokens 4096 --threads 1"
     arguments = ["convert", model, "--calib", text, *JOINED[2:], *more.split()]
@@ -686,7 +686,7 @@ def test_joined_linears_with_everything_else(model, text, tmp_path, monkeypatch,
     printed = capsys.readouterr().out
     assert re.search(r"blk\.0\.attn_qkv +k=", printed) and re.search(r"blk\.1\.ffn_gate_up +k=", printed)
     work = WorkFolder.open(tmp_path / "joined-work")
-    shapes = pipeline.linear_shapes(model, "qkv,gate_up")
+    shapes = linear_shapes(model, "qkv,gate_up")
     assert shapes["model.layers.0.self_attn.qkv_proj"] == (128, 64)
     assert list(shapes) == list(work.manifest["budget"])
     assert work.manifest["budget"] != budget.uniform_budget(shapes, work.manifest["settings"]["convert"]["bits"])

@@ -205,7 +205,7 @@ def resolve_settings(source, device: str, options: dict):
     from .. import parallel
     from ..factorize import OUTER_ITERATIONS
     from ..machine import available_cpus
-    from ..pipeline import Settings
+    from ..prepare import Settings
     from ..recipes import DEFAULT, EFFORTS
     from ..source import context_length
 
