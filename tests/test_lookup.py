@@ -269,7 +269,7 @@ def test_without_a_compiler(fresh, monkeypatch, compiler, reason):
 def test_a_conversion_says_why_it_looks_nothing_up(fresh, monkeypatch):
     monkeypatch.setattr(lookup, "faster", lambda device, dtype: True)
     lines = []
-    job = SimpleNamespace(settings=SimpleNamespace(device="cpu"), dtype=torch.float32)
+    job = SimpleNamespace(device="cpu", dtype=torch.float32)
     job.screen = SimpleNamespace(line=lines.append)
     assert Job.lookups.func(job) and not lines
     lookup.product.cache_clear()
