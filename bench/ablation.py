@@ -42,15 +42,10 @@ def convert(model: str, missing: str, out: Path, given: list[str]) -> dict:
     if missing == "distillation":  # which has no tokens then
         drop = given.index("--tune-tokens")
         given = given[:drop] + given[drop + 2 :]
-    if "perplexity" not in _manifest(work):
-        dbf_gguf("convert", model, *given, *options, "-o", output, "--work", work)
-    found = _manifest(work)["perplexity"]
+    # also when it is finished: it takes seconds then, and is refused where the options are others
+    dbf_gguf("convert", model, *given, *options, "-o", output, "--work", work)
+    found = json.loads((work / "manifest.json").read_text())["perplexity"]
     return {"missing": missing, "ppl": found["compressed"], "dense": found["dense"]}
-
-
-def _manifest(work: Path) -> dict:
-    path = work / "manifest.json"
-    return json.loads(path.read_text()) if path.exists() else {}
 
 
 def table(rows: list[dict], noise: float) -> str:

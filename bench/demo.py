@@ -43,8 +43,8 @@ def demo() -> bool:
     run([tool("llama-cli"), "--version"])
 
     heading(f"Compress {MODEL} to {BITS} bits a weight")
-    # `fast`, whose amount of tuning is also bounded in minutes, so that a slow machine ends too: block by block it starts
-    # near enough for few steps to do. Few windows for convert's own figure: llama-perplexity measures the same below.
+    # `fast`, whose tuning is bounded in minutes as well, so that a slow machine ends too: block by block it starts near
+    # enough for few steps to do. Few windows for convert's own figure: llama-perplexity measures the same below.
     options = ["--bits", BITS, "--effort", "fast", "--eval-windows", "16"]
     limits = ["--tune-tokens", "89600", "--tune-minutes", "8"]
     dbf_gguf("convert", MODEL, *options, *limits, "--work", FOLDER / "work", "-o", DBF)

@@ -11,6 +11,9 @@ two differ by more than 10 %. Linux only: memory is read from /proc. Options tha
 --block-tokens 2048 where time matters, --join none for the matrices of the paper. The result of a conversion is kept in
 FOLDER, so an interrupted run repeats no more than one.
 
+Little text goes through the blocks (4000 words; of more text what exceeds `blockwise.MEMORY_BYTES` is kept in a file),
+and all linears get the same bits (`--budget adaptive` would first measure their effects).
+
 Memory: resident set size of the process and its children together, twenty times a second, and their own high-water
 marks; the pages of mapped files count. Time: the first checkpoint is converted with twice the iterations of the second,
 so that the time of an iteration and what comes once (reading, eigenvectors, the closed-form fit) can be told apart.

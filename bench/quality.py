@@ -313,7 +313,7 @@ class Bench:
         """The F16 model's distributions on a text. Making them gives its perplexity, too."""
         key = self.figures_key(self.f16, text)
         path = self.out / f"base-{text}-{key}.kld"
-        if not path.exists():
+        if not path.exists() or self.figures(self.f16, text) is None:
             part = path.with_suffix(".part")
             log = self.out / f"{self.f16.name}-{text}.log"
             self.check_disk()

@@ -23,10 +23,11 @@ Then W* is factorized with H as the metric of its inputs, so that the factors' e
 Once a stream's attention is what it will be, the states behind it take the place of the block's input: the passages for
 the later groups begin there.
 
-One block and its factors are in memory at a time, and neither while a linear is factorized, which takes as much again:
-the block is read anew afterwards. The streams are kept by `blocks.Activations`, in memory or in a file.
-A resumed run takes the streams through the finished blocks again, which costs seconds a block. Of several processes
-each has a share of the windows in its streams, and factorizes a share of each group.
+One block is in memory at a time, dense and with what is compressed of it so far, and neither while a linear is
+factorized, which takes as much again: the block is read anew afterwards. The streams are kept by `blocks.Activations`,
+in memory or in a file. A resumed run takes the streams through the finished blocks again, which costs seconds a block.
+Of several processes each has a share of the windows in its streams, and factorizes a share of each group; where linears
+are joined a group is a single one.
 """
 
 import contextlib
@@ -41,6 +42,7 @@ from torch import nn
 from . import blocktune, parallel
 from .blocks import MIDDLE, Activations, BlockModel, apply_work, block_prefix, linears
 from .checkpoint import SIGNS, WorkFolder, block_file
+from .errors import DBFError
 from .factorize import InputMoment
 from .factors import pack_signs
 from .importance import token_weights
@@ -49,7 +51,7 @@ from .model import DBFLinear
 from .threads import in_order, side_by_side
 
 LEAST_EIGENVALUE = 1e-3  # of the mean one, added to h
-MEMORY_BYTES = 1 << 30  # of each stream, before it is kept in a file
+MEMORY_BYTES = 1 << 28  # of each stream, before it is kept in a file
 # the module whose input a linear's output is added to; None: the block's input
 RESIDUAL = {"o_proj": None, "down_proj": MIDDLE}
 TOKEN_CAP = 100.0  # times the median energy of a token's input; a token above it counts as if it had that much
@@ -302,12 +304,15 @@ def _wanted(
 ):
     """{name: W*} of this process' share of a group, and the moment of its inputs.
 
-    The linears in `done` are compressed already. advance_dense: see `Streams.moments`.
+    The linears in `done` are compressed already. advance_dense: see `Streams.moments`. Raises DBFError for a model that
+    computes numbers that are not finite.
     """
     dense = model.block(index)
     compressed = _partly_compressed(model, index, work, done)
     h, halves, at_output = streams.moments(index, dense, compressed, group, advance_dense)
     del compressed  # before the weights of the group are made
+    if not (h.isfinite().all() and halves.isfinite().all()):
+        raise DBFError(f"{group[0]}: its inputs are not finite: the model's weights are damaged")
     weights = {name: linears(index, dense)[name].weight for name in parallel.share(group)}
     moment = InputMoment(h)
     return corrected(weights, moment, halves, at_output), moment

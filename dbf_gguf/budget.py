@@ -70,7 +70,8 @@ def adaptive_budget(shapes: Mapping[str, tuple[int, int]], bits: float, curves: 
     curves  name -> ((k, effect), (k, effect)), two widths and the effect at them
 
     All together cost what `bits` come to, but for half a step of 32 channels of the cheapest linear. Every k is a
-    multiple of 32, at least 32, and at least what FLOOR of the bits comes to. Raises as `uniform_budget`.
+    multiple of 32, at least 32, and at least what FLOOR of the bits comes to, or the uniform budget has, rounded down
+    to such a multiple. Raises as `uniform_budget`.
     """
     even = uniform_budget(shapes, bits)
     left = bits * sum(n_out * n_in for n_out, n_in in shapes.values())

@@ -25,7 +25,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from . import __version__, parallel
 from .errors import DBFError
@@ -33,6 +33,7 @@ from .factors import Factors, pack_signs, unpack_signs
 from .join import NONE
 
 FORMAT = 1
+FINAL = "final.safetensors"
 SCALES = ("scale_a", "scale_m", "scale_b")
 SIGNS = ("signs_a", "signs_b")
 
@@ -62,12 +63,23 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
         raise
 
 
-def read_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """All tensors of a file of the work folder. Raises DBFError when it is damaged."""
+@contextlib.contextmanager
+def opened(path: Path):
+    """A safetensors file of the work folder. Raises DBFError when it is damaged."""
+    advice = "delete it, and it is computed again"
+    if path.parent.name in ("linears", "blocks"):  # all that comes after was computed from it
+        advice = "start anew with another --work"
     try:
-        return load_file(str(path))
+        with safe_open(str(path), "pt") as file:
+            yield file
     except SafetensorError as error:
-        raise DBFError(f"{path} is damaged ({error}): delete it, and it is computed again") from None
+        raise DBFError(f"{path} is damaged ({error}): {advice}") from None
+
+
+def read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a file of the work folder. Raises as `opened`."""
+    with opened(path) as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no mapping
 
 
 def is_disk_error(error: Exception) -> bool:
@@ -124,22 +136,25 @@ class WorkFolder:
         """Which linears of the model are joined (`join.CHOICES`): the names in this folder are those after that."""
         return self.manifest["settings"].get("convert", {}).get("join", NONE)
 
-    def claim(self, stage: str, settings: dict) -> None:
-        """Records the settings a stage runs under, or checks them against those it was begun under.
+    def claim(self, stages: dict[str, dict], otherwise: str = "") -> None:
+        """Records the settings that each of `stages` runs under, or checks them against those it was begun under.
 
-        Raises DBFError that names every setting that changed.
+        otherwise: what the refusal names beside the two ways out that there always are. Raises DBFError that names
+        every setting that changed.
         """
-        settings = json.loads(json.dumps(settings))  # tuples become lists, as after reading back
-        old = self.manifest["settings"].setdefault(stage, settings)
-        changed = [
-            f"{name.replace('_', '-')} was {old.get(name)}, now {settings.get(name)}"
-            for name in sorted(old.keys() | settings.keys())
-            if old.get(name) != settings.get(name)
-        ]
+        stages = json.loads(json.dumps(stages))  # tuples become lists, as after reading back
+        changed = {}
+        for stage, settings in stages.items():
+            old = self.manifest["settings"].setdefault(stage, settings)
+            changed |= {
+                name: f"{name.replace('_', '-')} was {old.get(name)}, now {settings.get(name)}"
+                for name in old.keys() | settings.keys()
+                if old.get(name) != settings.get(name)
+            }
         if changed:
             raise DBFError(
-                f"{self.path} was begun with other settings ({'; '.join(changed)}): "
-                "give the same settings to go on, or another --work to start anew"
+                f"{self.path} was begun with other settings ({'; '.join(changed[name] for name in sorted(changed))}): "
+                f"give the same settings to go on, or another --work to start anew{otherwise}"
             )
         self.save()
 
@@ -159,7 +174,7 @@ class WorkFolder:
         return read_tensors(self.path / name)
 
     def read_metadata(self, name: str) -> dict:
-        with safe_open(str(self.path / name), "pt") as f:
+        with opened(self.path / name) as f:
             return json.loads((f.metadata() or {}).get("dbf", "{}"))
 
     def has(self, name: str) -> bool:
@@ -198,11 +213,11 @@ class WorkFolder:
 
     def _newest(self, name: str, parts: tuple[str, ...]) -> dict[str, torch.Tensor]:
         own_block = re.search(r"\.layers\.(\d+)\.", name)
-        files = [("final.safetensors", f"{name}.")]
+        files = [(FINAL, f"{name}.")]
         files += [(block_file(own_block[1]), f"{name}.")] if own_block else []
         for file, prefix in [*files, (self._linear_file(name), "")]:
             if self.has(file):
-                with safe_open(str(self.path / file), "pt") as f:
+                with opened(self.path / file) as f:
                     if {prefix + part for part in parts} & set(f.keys()):  # a file with one of them must have all
                         return {part: f.get_tensor(prefix + part) for part in parts}
         raise DBFError(f"{self.path} has no factors of {name}: it is damaged, start anew with another --work")
@@ -214,9 +229,9 @@ class WorkFolder:
 
     def final_norms(self) -> dict[str, torch.Tensor]:
         """Tuned norm weights so far, by parameter name ("model.norm.weight"), float32; empty when none were tuned."""
-        files = ["final.safetensors"] if self.has("final.safetensors") else []
+        files = [FINAL] if self.has(FINAL) else []
         norms = {}
         for path in [self.path / file for file in files] or sorted(self.path.glob(block_file("*"))):
-            with safe_open(str(path), "pt") as f:
+            with opened(path) as f:
                 norms |= {key: f.get_tensor(key) for key in f.keys() if not key.endswith(SCALES + SIGNS)}  # noqa: SIM118
         return norms

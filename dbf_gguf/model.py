@@ -19,7 +19,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
-from .checkpoint import SCALES, WorkFolder
+from .checkpoint import FINAL, SCALES, WorkFolder
 from .errors import DBFError
 from .factorize import product_dtype
 from .factors import Factors
@@ -243,7 +243,7 @@ def load(work_dir: Path | str, dtype: torch.dtype = torch.float32, device: str =
     from .source import resolve
 
     work = WorkFolder.open(Path(work_dir))
-    if not work.has("final.safetensors"):
+    if not work.has(FINAL):
         raise DBFError(f"{work_dir} is not finished: run the same `dbf-gguf convert` again to go on")
     model = load_dense(resolve(work.manifest["model"]).folder, dtype, device, work.join)
     apply_work(model, work, dtype)

@@ -25,7 +25,7 @@ from safetensors import safe_open
 from . import blockwise, distill, importance, lookup, parallel, sensitivity
 from .blocks import BlockModel
 from .budget import adaptive_budget, bits_per_weight, linear_bits, uniform_budget, weighted
-from .checkpoint import WorkFolder, block_file
+from .checkpoint import FINAL, WorkFolder, block_file
 from .errors import DBFError
 from .evaluate import dense_and_compressed
 from .factorize import InputMoment, factorize, product_dtype
@@ -34,12 +34,12 @@ from .gguf_writer import write_gguf
 from .join import joint_base, stored_names
 from .machine import available_memory
 from .model import apply_work, is_out_of_memory, load_dense, training_dtype
-from .prepare import EVALUATION_LENGTH, WINDOWS, Prepared, Settings, prepare
+from .prepare import BUDGET, EVALUATION_LENGTH, WINDOWS, Prepared, Settings, prepare
 from .screen import Screen
 from .source import ModelSource
 from .threads import side_by_side
 
-BUDGET, EFFECTS = "budget.json", "effects"
+EFFECTS = "effects"  # in the work folder, while they are measured
 SIDE_BY_SIDE_BYTES = 3 << 30  # for all linears that are factorized at a time on a CPU
 GROUPED = ("cuda", "mps")  # devices on which equal-shaped linears of a block are factorized in one batch
 
@@ -52,28 +52,35 @@ def convert(source: ModelSource, model: str, output: Path, work_dir: Path, setti
     begin = time.monotonic()
     torch.set_num_threads(settings.threads)
     given = parallel.from_main(lambda: prepare(source, settings, output, work_dir, screen))
-    try:
-        with _work_folder(work_dir) as work:
-            job = Job(given, settings.device, work, screen)
-            if parallel.is_main():
-                job.claim(model)
-            work.manifest = parallel.from_main(lambda: work.manifest)
-            job.measure_importance()
-            job.allocate()
-            job.factorize()
+    advice = "try fewer --threads, a smaller --seq-len, or --device cpu"
+    with _work_folder(work_dir) as work, _enough_memory(f"on {settings.device}: {advice}"):
+        job = Job(given, settings.device, work, screen)
+        if parallel.is_main():
+            job.claim(model)
+        work.manifest = parallel.from_main(lambda: work.manifest)
+        job.measure_importance()
+        job.allocate()
+        job.factorize()
+        advice = f"what is compressed is kept in {work_dir}, go on with --device cpu, a smaller --tune-seq-len"
+        with _enough_memory(f"on {settings.device} while tuning: {advice} or --tune none"):
             job.tune()
-            parallel.leave()
-            if not parallel.is_main():
-                return
-            job.export(output)
-            job.evaluate()
-            job.summary(output, time.monotonic() - begin)
+        parallel.leave()
+        if not parallel.is_main():
+            return
+        job.export(output)
+        job.evaluate()
+        job.summary(output, time.monotonic() - begin)
+
+
+@contextmanager
+def _enough_memory(advice: str):
+    """Raises DBFError, with `advice`, instead of the many exceptions that say that memory is at its end."""
+    try:
+        yield
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        raise DBFError(
-            f"out of memory on {settings.device}: try fewer --threads, a smaller --seq-len, or --device cpu"
-        ) from None
+        raise DBFError(f"out of memory {advice}") from None
 
 
 @contextmanager
@@ -134,16 +141,33 @@ class Job:
         self.budget = uniform_budget(self.shapes, self.settings.bits)
 
     def claim(self, model: str) -> None:
-        """Refuses a work folder that was begun under other settings. What only the export uses may change."""
+        """Refuses a work folder that was begun under other settings.
+
+        What only the export uses may change; so may how to tune, as long as nothing is tuned, and the machine between
+        the stages.
+        """
         work, source = self.work, self.given.source
-        self.claimed = self.given.claims()
-        work.claim("convert", self.claimed | {"model": source.origin, "weights": self.given.weights})
+        given, begun = self.given, work.has(FINAL) or work.has(distill.SNAPSHOT)
+        settings, tuning, machine = given.claims(), given.tuning_claims(), given.machine_claims()
+        self.claimed = settings | tuning | machine
+        stages = {"convert": settings | {"model": source.origin, "weights": given.weights}, "tuning": tuning}
+        if not self._compressed():
+            stages["machine"] = machine
+        if not work.has(FINAL):
+            stages["tuning machine"] = machine
+        if not begun:
+            recorded = work.manifest["settings"]
+            recorded.pop("tuning machine", None)
+            if recorded.pop("tuning", tuning) != tuning:
+                work.manifest.pop("tuning", None)  # the steps that the minutes came to
+        work.claim(stages, f"; to tune anew, delete {distill.SNAPSHOT} and {FINAL} in it" if begun else "")
+        amounts = {name: list(each) for name, each in self.given.amounts.items()}
         path = Path(model).expanduser()
         local = source.recipe is None and path.exists()
         work.manifest["model"] = str(path.absolute()) if local else model
         work.save()
-        if not work.has(WINDOWS):
-            work.write_tensors(WINDOWS, self.windows)
+        if not work.has(WINDOWS) or work.read_metadata(WINDOWS) != amounts:
+            work.write_tensors(WINDOWS, self.windows, amounts)
 
     # --- stages
 
@@ -181,15 +205,17 @@ class Job:
         if s.budget == "uniform":
             return
         if parallel.is_main():
-            sensitivity.write(work.path / BUDGET, self.given.weights, self.curves, bits=s.bits, k=self.budget)
+            sensitivity.write(work.path / BUDGET, self.given.weights, s.metric, self.curves, bits=s.bits, k=self.budget)
         sensitivity.clean(work.path / EFFECTS)
         each = [bits_per_weight(self.shapes, {name: k}) for name, k in self.budget.items()]
         total = bits_per_weight(self.shapes, self.budget)
         self.screen.line(f"budget: {min(each):.2f} to {max(each):.2f} bits a linear, {total:.3f} over all")
 
     def _measure_effects(self) -> None:
-        path = self.work.path / BUDGET
-        self.curves = parallel.from_main(lambda: sensitivity.read(path, self.given.weights) if path.exists() else {})
+        path, metric = self.work.path / BUDGET, self.settings.metric
+        self.curves = parallel.from_main(
+            lambda: sensitivity.read(path, self.given.weights, metric) if path.exists() else {}
+        )
         if self.curves.keys() == self.shapes.keys():
             self.screen.line("budget: measured before")
             return
@@ -202,7 +228,7 @@ class Job:
                 self.windows["calibration"].long(),
                 self.work.read_tensors("importance.safetensors"),
                 self.work.path / EFFECTS,
-                metric=self.settings.blocks != "none" and self.settings.importance,
+                metric=metric,
                 workers=self._workers("measuring_workers", widest),
                 seed=self.settings.seed,
                 report=update,
@@ -227,7 +253,7 @@ class Job:
         done = len(work.linears())
         if done:
             self.screen.line(f"factorization: {done} of {total} linears done before")
-        if done == total and self._blocks_done():
+        if self._compressed():
             return
         tensors = work.read_tensors("importance.safetensors")
         with self.screen.progress("factorization", total, done) as update:
@@ -239,7 +265,7 @@ class Job:
                 return
 
             def group(weights: dict[str, torch.Tensor], met: InputMoment) -> None:
-                moment = met if self.settings.importance else None
+                moment = met if self.settings.metric else None
                 workers = max(1, min(self._workers(), len(weights)))
                 self._factorize_units(self._units(weights), weights.get, tensors, moment, workers, update)
 
@@ -249,6 +275,10 @@ class Job:
                 tuning = blockwise.Tuning(s.block_lr, sign_lr, s.seed, s.importance, sign_lr is None and self.lookups)
             report = self._report_block
             blockwise.compress(self.block_model(), self.windows["blocks"].long(), work, group, tuning, report)
+
+    def _compressed(self) -> bool:
+        """Whether nothing but tuning is left."""
+        return len(self.work.manifest["linears"]) == len(self.shapes) and self._blocks_done()
 
     def _blocks_done(self) -> bool:
         if self.settings.blocks in ("none", "fit"):
@@ -324,14 +354,14 @@ class Job:
 
     def tune(self) -> None:
         s, work = self.settings, self.work
-        if work.has("final.safetensors"):
+        if work.has(FINAL):
             self.screen.line("tuning: done before")
             return
         if s.tune == "none":
             scales = {name: work.scales(name) for name in work.linears()}
             flat = {f"{name}.{scale}": value.half() for name, s in scales.items() for scale, value in s.items()}
             flat |= work.final_norms()
-            work.write_tensors("final.safetensors", flat)
+            work.write_tensors(FINAL, flat)
             return
         begin = time.monotonic()
         teacher, student = self.load_dense(), self.load_dense()
@@ -361,7 +391,7 @@ class Job:
                 minutes=s.tune_minutes,
                 report=report,
             )
-        work.write_tensors("final.safetensors", final)
+        work.write_tensors(FINAL, final)
 
     @cached_property
     def lookups(self) -> bool:

@@ -5,6 +5,7 @@ enough for the first process to hand to the others.
 """
 
 import hashlib
+import json
 import math
 import os
 import shutil
@@ -16,7 +17,7 @@ from safetensors import safe_open
 
 from . import calibration, distill, parallel, sensitivity
 from .budget import MAX_BITS, MIN_BITS, bits_for_size, linear_bits, uniform_budget
-from .checkpoint import read_tensors
+from .checkpoint import opened, read_tensors
 from .errors import DBFError
 from .fetch import sha256_of
 from .gguf_writer import check_convertible, check_types, planned_size
@@ -27,6 +28,7 @@ from .screen import Screen
 from .source import ModelSource, check_model_dir, context_length
 
 WINDOWS = "windows.safetensors"  # in the work folder: the text that was cut
+BUDGET = "budget.json"  # and what the widths come from
 EVALUATION_LENGTH = 512  # tokens in an evaluation window
 CHARACTERS_PER_TOKEN = 6  # an upper bound on English text, for how much of a hub dataset is streamed
 MINUTES_POOL = 2_000_000  # tokens to tune on, when the bound is minutes
@@ -63,6 +65,11 @@ class Settings:
     device: str
     eval_windows: int
 
+    @property
+    def metric(self) -> bool:
+        """Whether a linear is factorized with the second moment of its inputs."""
+        return self.blocks != "none" and self.importance
+
 
 @dataclass(frozen=True)
 class Prepared:
@@ -77,31 +84,39 @@ class Prepared:
     recorded_budget: str  # `settings.budget`, a file by its name and digest
     calib: str  # `settings.calib`, likewise
     windows: dict[str, torch.Tensor]  # int32 [count, length]: "calibration", "blocks", "tuning"; what is used of them
+    amounts: dict[str, tuple[int, int]]  # (length, count) that were wanted of each
     evaluation: torch.Tensor | None  # LongTensor [eval_windows, EVALUATION_LENGTH]
     bos: int | None  # token that llama.cpp puts before a text for this model
     tree: Path  # llama.cpp's sources
 
     def claims(self) -> dict:
-        """The settings that decide what is in a work folder; what only the file depends on is none of them."""
+        """The settings that decide the linears in a work folder; what only the file depends on is none of them."""
         s = self.settings
-        claimed = {"bits": s.bits, "iterations": s.iterations, "seed": s.seed, "device": s.device}
-        claimed |= {"threads": s.threads}  # sums are split by them, so the last bits depend on their number
+        claimed = {"bits": s.bits, "iterations": s.iterations, "seed": s.seed}
         claimed |= {"calib": self.calib, "calib_sequences": s.calib_sequences, "seq_len": s.seq_len}
         if not s.importance:
             claimed |= {"importance": False}
         if s.join != NONE:
             claimed |= {"join": s.join}
         claimed |= {"blocks": s.blocks, "block_tokens": s.block_tokens}
-        claimed |= {"block_lr": s.block_lr, "block_sign_lr": s.block_sign_lr, "tune": s.tune}
-        if s.tune != "none":
-            claimed |= {"tune_tokens": s.tune_tokens, "tune_minutes": s.tune_minutes}
-            claimed |= {"tune_seq_len": s.tune_seq_len, "tune_lr": s.tune_lr}
-            claimed |= {"tune_sign_lr": s.tune_sign_lr}
+        claimed |= {"block_lr": s.block_lr, "block_sign_lr": s.block_sign_lr}
         if s.budget != "uniform":
             claimed |= {"budget": self.recorded_budget}
-        if parallel.count() > 1:  # for the last bits, and the windows of a step
-            claimed |= {"processes": parallel.count()}
         return claimed
+
+    def tuning_claims(self) -> dict:
+        """The settings that decide what tuning makes of these linears."""
+        s = self.settings
+        if s.tune == "none":
+            return {"tune": s.tune}
+        names = ("tune", "tune_tokens", "tune_minutes", "tune_seq_len", "tune_lr", "tune_sign_lr")
+        return {name: getattr(s, name) for name in names}
+
+    def machine_claims(self) -> dict:
+        """What the last bits of a result depend on beside the settings: sums are split among threads and processes."""
+        s = self.settings
+        claimed = {"device": s.device, "threads": s.threads}
+        return claimed | ({"processes": parallel.count()} if parallel.count() > 1 else {})
 
     def file_options(self, recorded: dict) -> dict:
         """What the file has beside its tensors, and in which types: arguments of `write_gguf`."""
@@ -111,7 +126,7 @@ class Prepared:
 def prepare(source: ModelSource, settings: Settings, output: Path, work_dir: Path, screen: Screen) -> Prepared:
     """Raises DBFError for all that is wrong with model, settings, text, or the disks of `output` and `work_dir`.
 
-    Nothing is written. A begun work folder has its windows: no text is read again for it.
+    Nothing is written. A begun work folder has its windows: no text is read again for it, unless it is tuned on more.
     """
     s, folder = settings, source.folder
     config = check_model_dir(folder, source.gguf)
@@ -126,23 +141,27 @@ def prepare(source: ModelSource, settings: Settings, output: Path, work_dir: Pat
     if missing:
         raise DBFError(f"{source.name} has no weight {missing[0]}: its safetensors are incomplete")
     context = context_length(folder)
-    if s.seq_len > context:
-        raise DBFError(f"--seq-len {s.seq_len} is more than the model's context of {context} tokens")
+    for option, length in (("--seq-len", s.seq_len), ("--tune-seq-len", s.tune_seq_len)):
+        if length > context:
+            raise DBFError(f"{option} {length} is more than the model's context of {context} tokens")
     weights = _fingerprint(files)
     curves, recorded_budget = None, s.budget
     if s.budget not in ("uniform", "adaptive"):
         path = Path(s.budget).expanduser()
-        curves, recorded_budget = _read_curves(path, weights, shapes), _named_by_content(path)
+        curves, recorded_budget = _read_curves(path, weights, s.metric, shapes), _named_by_content(path)
     tree = source_tree()
     if s.size is not None:
         s = replace(s, bits=_bits_for_size(source, s, shapes, tree))
         screen.line(f"bits             {s.bits:.4f}, for a file of {s.size:,} bytes")
-    _check_disk(shapes, files, s.bits, output, work_dir)
+    measured = s.budget != "adaptive" or (work_dir / BUDGET).exists()
+    effects = 0 if measured else sensitivity.disk_bytes(shapes, config["hidden_size"])
+    _check_disk(shapes, files, s.bits, effects, output, work_dir)
     tokenizer = _load_tokenizer(source)
     path = Path(s.calib).expanduser()
     calib = _named_by_content(path) if path.is_file() else s.calib
-    begun = (work_dir / WINDOWS).exists()
-    windows = read_tensors(work_dir / WINDOWS) if begun else _cut_windows(tokenizer, s)
+    begun, amounts = (work_dir / WINDOWS).exists(), _amounts(s)
+    windows = _kept_windows(work_dir / WINDOWS, amounts) if begun else {}
+    windows |= _cut_windows(tokenizer, s, {name: each for name, each in amounts.items() if name not in windows})
     least = min(len(windows[name]) for name in ("calibration", "blocks") if name in windows)
     if least < parallel.count():
         raise DBFError(f"{parallel.count()} processes cannot share {least} windows of text: start fewer")
@@ -160,14 +179,15 @@ def prepare(source: ModelSource, settings: Settings, output: Path, work_dir: Pat
         recorded_budget=recorded_budget,
         calib=calib,
         windows=windows,
+        amounts=amounts,
         evaluation=evaluation,
         bos=bos,
         tree=tree,
     )
 
 
-def _read_curves(path: Path, weights: str, shapes: dict) -> dict:
-    curves = sensitivity.read(path, weights)
+def _read_curves(path: Path, weights: str, metric: bool, shapes: dict) -> dict:
+    curves = sensitivity.read(path, weights, metric)
     if curves.keys() != shapes.keys():
         raise DBFError(f"{path} was measured with another --join: --budget adaptive measures with this one")
     return curves
@@ -210,15 +230,18 @@ def _bits_for_size(source: ModelSource, settings: Settings, shapes: dict, tree: 
     return bits
 
 
-def _check_disk(shapes: dict, files: dict[str, Path], bits: float, output: Path, work_dir: Path) -> None:
-    """Raises DBFError where the results would not fit, or the places cannot be written."""
+def _check_disk(shapes: dict, files: dict[str, Path], bits: float, effects: int, output: Path, work_dir: Path) -> None:
+    """Raises DBFError where the results would not fit, or the places cannot be written.
+
+    effects: bytes that the work folder has to hold before there are linears.
+    """
     budget = uniform_budget(shapes, bits)
     linears = sum(linear_bits(*shapes[name], k) // 8 for name, k in budget.items())
     dense = 2 * (sum(map(_elements, set(files.values()))) - sum(a * b for a, b in shapes.values()))
     done = sum(path.stat().st_size for path in work_dir.rglob("*") if path.is_file()) if work_dir.is_dir() else 0
     needs: dict[int, list] = {}  # by disk
     scales = sum(n_out + n_in + budget[name] for name, (n_out, n_in) in shapes.items())
-    for folder, size in ((output.parent, linears + dense), (work_dir, linears + 40 * scales - done)):
+    for folder, size in ((output.parent, linears + dense), (work_dir, max(effects, linears + 40 * scales) - done)):
         place = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
         if not place.is_dir() or not os.access(place, os.W_OK):
             raise DBFError(f"cannot write to {folder}: {place} is {'not writable' if place.is_dir() else 'a file'}")
@@ -242,28 +265,45 @@ def _load_tokenizer(source: ModelSource):
         raise DBFError(f"the tokenizer of {source.name} cannot be loaded: {reason}") from None
 
 
-def _cut_windows(tokenizer, settings: Settings) -> dict[str, torch.Tensor]:
-    """int32 `calibration` and `blocks` [count, seq_len], `tuning` [count, tune_seq_len]; what is used of them."""
-    s, tokens = settings, 0
+def _amounts(settings: Settings) -> dict[str, tuple[int, int]]:
+    """(length, count) of the windows that are needed: `calibration`, perhaps `blocks` and `tuning`."""
+    s = settings
+    amounts = {"calibration": (s.seq_len, s.calib_sequences)}
+    if s.blocks != "none":
+        amounts["blocks"] = (s.seq_len, math.ceil(s.block_tokens / s.seq_len))
     if s.tune != "none":
         tokens = distill.HELD_OUT_TOKENS + (MINUTES_POOL if s.tune_tokens is None else s.tune_tokens)
-    needed = max(s.calib_sequences * s.seq_len, s.block_tokens or 0, tokens)
-    text = calibration.read_text(s.calib, CHARACTERS_PER_TOKEN * needed)
-    windows = {"calibration": (s.seq_len, s.calib_sequences)}
-    if s.blocks != "none":
-        windows["blocks"] = (s.seq_len, math.ceil(s.block_tokens / s.seq_len))
-    if tokens:
-        windows["tuning"] = (s.tune_seq_len, math.ceil(tokens / s.tune_seq_len))
+        amounts["tuning"] = (s.tune_seq_len, math.ceil(tokens / s.tune_seq_len))
+    return amounts
+
+
+def _kept_windows(path: Path, amounts: dict[str, tuple[int, int]]) -> dict[str, torch.Tensor]:
+    """The windows in a work folder's file, without those to tune on where other amounts of these were wanted."""
+    windows = read_tensors(path)
+    with opened(path) as file:
+        wanted = json.loads((file.metadata() or {}).get("dbf", "{}"))
+    if wanted.get("tuning") != list(amounts.get("tuning", ())):
+        windows.pop("tuning", None)
+    return windows
+
+
+def _cut_windows(tokenizer, settings: Settings, amounts: dict[str, tuple[int, int]]) -> dict[str, torch.Tensor]:
+    """int32 [count, length] of each of `amounts`, out of the calibration text; fewer where it has no more."""
+    if not amounts:
+        return {}
+    needed = max(length * count for length, count in amounts.values())
+    text = calibration.read_text(settings.calib, CHARACTERS_PER_TOKEN * needed)
     cut = {
-        name: calibration.windows(tokenizer, text, length, count, s.seed).int()
-        for name, (length, count) in windows.items()
+        name: calibration.windows(tokenizer, text, length, count, settings.seed).int()
+        for name, (length, count) in amounts.items()
     }
-    if tokens:
+    if "tuning" in cut:
         distill.split(cut["tuning"])  # refuses a text that is too short
-    if s.blocks in ("scales", "signs") and len(cut["blocks"]) < 2 * parallel.count():
+    if settings.blocks in ("scales", "signs") and "blocks" in cut and len(cut["blocks"]) < 2 * parallel.count():
         raise DBFError(
-            f"--block-tokens {s.block_tokens} or the calibration text is too little to tune blocks on: "
-            f"{len(cut['blocks'])} windows of {s.seq_len} tokens; give more, a smaller --seq-len, or --blocks fit"
+            f"--block-tokens {settings.block_tokens} or the calibration text is too little to tune blocks on: "
+            f"{len(cut['blocks'])} windows of {settings.seq_len} tokens; "
+            "give more, a smaller --seq-len, or --blocks fit"
         )
     return cut
 

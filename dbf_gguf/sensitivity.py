@@ -39,7 +39,7 @@ from torch import nn
 from . import parallel
 from .blocks import Activations, BlockModel, block_prefix, linears, replace
 from .blockwise import MEMORY_BYTES, Streams, groups, tapped
-from .budget import Curve, uniform_budget
+from .budget import Curve, linear_bits, uniform_budget
 from .checkpoint import WorkFolder, write_atomically
 from .errors import DBFError
 from .factorize import InputMoment, factorize
@@ -55,7 +55,7 @@ ITERATIONS = 12
 TOKENS, LENGTH = 1024, 256  # of calibration text for the KL, in windows of at most LENGTH
 STATE_BYTES = 1 << 28  # of the hidden states behind all changed blocks, before they are kept in a file
 LEAST_EFFECT = 1e-9  # below it the KL is rounding
-FORMAT = 1
+FORMAT = 2
 
 
 def measure(
@@ -157,6 +157,13 @@ def measure(
     return {name: ((k_0, effects[name] / FALL), (k_1, effects[name])) for name, (k_0, k_1) in widths.items()}
 
 
+def disk_bytes(shapes: dict[str, tuple[int, int]], width: int) -> int:
+    """What `measure` keeps in its folder at most, of a model whose hidden states have `width` elements."""
+    widths = uniform_budget(shapes, CURVE_BITS[1])
+    factors = sum(linear_bits(*shapes[name], k) // 8 for name, k in widths.items())
+    return factors + 4 * len(shapes) * TOKENS * width
+
+
 def clean(folder: Path) -> None:
     """Removes what `measure` has left in `folder`, once its result is stored."""
     parallel.wait()
@@ -225,24 +232,36 @@ class _Stream:
         return {name: moment for group, moment in zip(order, found, strict=True) for name in group}
 
 
-def write(path: Path, weights: str, curves: dict[str, Curve], **allocation) -> None:
+def write(path: Path, weights: str, metric: bool, curves: dict[str, Curve], **allocation) -> None:
     """Stores the curves of the model with the fingerprint `weights` as JSON, and `allocation` beside them."""
-    text = json.dumps({"format": FORMAT, "weights": weights, "curves": curves} | allocation, indent=1)
+    stored = {"format": FORMAT, "weights": weights, "metric": metric, "curves": curves}
+    text = json.dumps(stored | allocation, indent=1)
     write_atomically(path, lambda part: part.write_text(text))
 
 
-def read(path: Path, weights: str) -> dict[str, Curve]:
-    """The curves stored in `path`. Raises DBFError when it is no such file, or one of a model with other weights."""
+def read(path: Path, weights: str, metric: bool) -> dict[str, Curve]:
+    """The curves stored in `path`.
+
+    Raises DBFError when it is no such file, or was measured on a model with other weights, or not with `metric`.
+    """
     try:
         stored = json.loads(path.read_text())
         if stored["format"] != FORMAT:
             raise ValueError("another format")
-        found = stored["weights"]
+        found, measured = stored["weights"], stored["metric"]
         curves = {name: ((int(a), float(b)), (int(c), float(d))) for name, ((a, b), (c, d)) in stored["curves"].items()}
+        if not all(0 < a < c and 0 < d < b < math.inf for (a, b), (c, d) in curves.values()):
+            raise ValueError("an effect that does not fall")
     except OSError as error:
         raise DBFError(f"{path} cannot be read: {error.strerror}") from None
     except (ValueError, TypeError, KeyError, AttributeError):
         raise DBFError(f"{path} is no budget: give uniform, adaptive, or a work folder's budget.json") from None
     if found != weights:
         raise DBFError(f"{path} was measured on another model: --budget adaptive measures this one")
+    if measured != metric:
+        how = ("alone (--blocks none or --no-importance)", "block by block")
+        raise DBFError(
+            f"{path} holds effects of linears compressed {how[measured]}, here they are compressed {how[metric]}: "
+            "--budget adaptive measures these"
+        )
     return curves

@@ -237,9 +237,50 @@ def test_changed_settings_are_named(converted, model, text, monkeypatch, capsys)
     before = output.read_bytes(), (folder / "manifest.json").read_bytes()
     more = ["--work", folder, "--bits", "1.5", "--tune-tokens", "9999"]
     error = fails(monkeypatch, capsys, "convert", model, "--calib", text, "-o", output, *OPTIONS, *more)
-    assert "bits was 2.0, now 1.5" in error
-    assert "tune-tokens was 15360, now 9999" in error
+    assert "bits was 2.0, now 1.5; tune-tokens was 15360, now 9999" in error
     assert (output.read_bytes(), (folder / "manifest.json").read_bytes()) == before
+
+
+def test_how_to_tune_may_change_until_something_is_tuned(converted, model, text, tmp_path, monkeypatch, capsys):
+    """Other options, threads and text to tune on; what was tuned must be deleted first. Then the old ones make the old
+    file again."""
+    work, output = tmp_path / "work", tmp_path / "out.gguf"
+    shutil.copytree(converted[1], work)
+    arguments = [model, "--calib", text, "-o", output, "--work", work]
+    other = ["--tune-tokens", "2048", "--tune-seq-len", "32", "--tune-lr", "1e-3", "--threads", "1"]
+    final, snapshot = work / "final.safetensors", work / "tuning.safetensors"
+
+    error = fails(monkeypatch, capsys, "convert", *arguments, *OPTIONS, *other)
+    assert "tune-seq-len was 64, now 32" in error and "threads" not in error  # nothing would be computed by them
+    assert f"delete {snapshot.name} and {final.name}" in error
+    final.unlink()
+    assert "threads was 2, now 1" in fails(monkeypatch, capsys, "convert", *arguments, *OPTIONS, *other)
+    snapshot.unlink()
+
+    def too_large(*given, **more):
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline.distill, "distill", too_large)
+        error = fails(patch, capsys, "convert", *arguments, *OPTIONS)
+    assert "out of memory on cpu while tuning" in error and "--tune-seq-len" in error
+
+    def printed(*more) -> str:
+        monkeypatch.setattr(sys, "argv", ["dbf-gguf", "convert", *map(str, arguments), *OPTIONS, *more])
+        cli.main()
+        return capsys.readouterr().out
+
+    assert "held out" not in printed("--tune", "none")
+    untuned = output.read_bytes()
+    assert "tune was none, now scales" in fails(monkeypatch, capsys, "convert", *arguments, *OPTIONS)
+    final.unlink()
+    assert "tuning 8/8" in printed(*other)
+    assert load_file(work / "windows.safetensors")["tuning"].shape[1] == 32
+    assert output.read_bytes() not in (untuned, converted[0].read_bytes())
+    final.unlink()
+    snapshot.unlink()
+    printed()
+    assert output.read_bytes() == converted[0].read_bytes()
 
 
 def test_changed_text_is_noticed(converted, model, tmp_path, monkeypatch, capsys):
@@ -375,6 +416,13 @@ def test_damaged_files_of_a_work_folder(converted, model, text, tmp_path, monkey
     monkeypatch.setattr(sys, "argv", ["dbf-gguf", *map(str, arguments)])
     cli.main()
     assert (tmp_path / "out.gguf").read_bytes() == converted[0].read_bytes()
+
+    for name, advice in (("final", "delete it"), ("linears/model.layers.1.mlp.up_proj", "another --work")):
+        damaged = work / f"{name}.safetensors"
+        damaged.write_bytes(damaged.read_bytes()[:100])
+        error = fails(monkeypatch, capsys, *arguments)
+        assert f"{damaged} is damaged" in error and advice in error
+        damaged.unlink()
 
 
 def test_a_tokenizer_that_the_converter_does_not_know(model, text, tmp_path, monkeypatch, capsys, patched_tree):

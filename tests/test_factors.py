@@ -394,17 +394,19 @@ def test_full_disk_is_one_line_and_leaves_nothing(tmp_path, monkeypatch):
 def test_claim_names_what_changed(tmp_path):
     work = WorkFolder.create(tmp_path / "work")
     settings = {"bits": 2.0, "seed": 0, "seq_len": 512, "shape": (1, 2)}
-    work.claim("factorize", settings)
+    work.claim({"factorize": settings})
     again = WorkFolder.open(tmp_path / "work")
-    again.claim("factorize", dict(settings))  # the same: no complaint, tuples or not
+    again.claim({"factorize": dict(settings)})  # the same: no complaint, tuples or not
     with pytest.raises(DBFError) as refusal:
-        again.claim("factorize", {**settings, "bits": 1.5, "seq_len": 256})
+        again.claim({"factorize": {**settings, "bits": 1.5, "seq_len": 256}})
     text = str(refusal.value)
     assert "bits was 2.0, now 1.5" in text and "seq-len was 512, now 256" in text and "seed" not in text
     assert "\n" not in text
     with pytest.raises(DBFError, match="iterations was None, now 9"):
-        again.claim("factorize", {**settings, "iterations": 9})
-    again.claim("tune", {"bits": 1.5})  # another stage has settings of its own
+        again.claim({"factorize": {**settings, "iterations": 9}})
+    again.claim({"tune": {"bits": 1.5}})  # another stage has settings of its own
+    with pytest.raises(DBFError, match=r"\(bits was 1.5, now 3; seed was 0, now 1\).*; or that"):  # of all at once
+        again.claim({"factorize": {**settings, "seed": 1}, "tune": {"bits": 3}}, "; or that")
     assert WorkFolder.open(tmp_path / "work").manifest["settings"]["factorize"]["bits"] == 2.0
 
 

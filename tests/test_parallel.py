@@ -183,6 +183,7 @@ def test_whole_convert(pair, model, text, tmp_path, monkeypatch, capsys):  # noq
     cli.main()
     torch.set_num_threads(threads)
     held_out = [[float(kl) for kl in re.findall(r"held out ([\d.]+)", p)] for p in (printed, capsys.readouterr().out)]
+    assert len(held_out[0]) == len(held_out[1]) > 1
     assert held_out[0] == pytest.approx(held_out[1], rel=0.05)
     two, one = WorkFolder.open(folder), WorkFolder.open(alone.with_name("tiny-work"))
     assert one.linears() == two.linears()
@@ -192,6 +193,17 @@ def test_whole_convert(pair, model, text, tmp_path, monkeypatch, capsys):  # noq
         assert torch.allclose(found[name], value, rtol=1e-5), name
     for name, record in one.manifest["linears"].items():
         assert two.manifest["linears"][name]["error"] == pytest.approx(record["error"], rel=0.1), name
+
+
+def test_joined_linears(model, text, tmp_path, patched_tree):  # noqa: F811
+    """As by default: every group of a block is a single linear then, which the first process factorizes."""
+    output = tmp_path / "tiny.gguf"
+    ended(launch("-m", "dbf_gguf", *converts(model, text, output, "--join", "qkv,gate_up", "--tune", "none")))
+    work = WorkFolder.open(tmp_path / "tiny-work")
+    assert len(work.linears()) == 8
+    with GGUFFile(output) as file:
+        assert check_format(file) == []
+        assert check_work(file, work) == []
 
 
 def unfinished(pair, output: Path) -> None:
@@ -224,7 +236,8 @@ def test_killed_and_resumed_ends_in_the_same_file(pair, model, text, tmp_path): 
 
 
 def test_another_number_of_processes_is_refused(pair, model, text, tmp_path, monkeypatch, capsys):  # noqa: F811
-    arguments = converts(model, text, tmp_path / "tiny.gguf", "--work", pair[1])
+    unfinished(pair, tmp_path / "tiny.gguf")
+    arguments = converts(model, text, tmp_path / "tiny.gguf", "--resume")
     monkeypatch.setattr(sys, "argv", ["dbf-gguf", *map(str, arguments)])
     with pytest.raises(SystemExit):
         cli.main()

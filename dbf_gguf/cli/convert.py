@@ -15,7 +15,7 @@ GROUPS = {
     "Basic": ("bits", "size", "effort", "output", "work", "resume"),
     "Calibration": ("calib", "calib_sequences", "seq_len", "importance"),
     "Block by block": ("blocks", "block_tokens", "block_lr", "block_sign_lr"),
-    "Tuning of the whole": ("tune", "tune_tokens", "tune_minutes", "tune_lr", "tune_sign_lr"),
+    "Tuning of the whole": ("tune", "tune_tokens", "tune_minutes", "tune_seq_len", "tune_lr", "tune_sign_lr"),
     "File": ("embedding_type", "output_type"),
     "Resources": ("threads", "device"),
     "Advanced": ("join", "budget", "iterations", "seed", "eval_windows"),
@@ -47,7 +47,7 @@ Example:
     type=click.Choice(["fast", "normal", "max"]),
     default="normal",
     show_default=True,
-    help="How long to work on it: sets the defaults of all that follows.",
+    help="How long to work on it: sets the defaults of --budget, --iterations, --block-tokens and --tune-tokens.",
 )
 @click.option(
     "-o",
@@ -74,7 +74,7 @@ Example:
     "--blocks",
     type=click.Choice(["none", "fit", "scales", "signs"]),
     help="Compress every linear by itself (none), or block by block: each fitted to what those before it give (fit), "
-    "then its scales tuned (scales), or these and its signs (signs).",
+    "then its scales tuned (scales), or these and its signs (signs).  [default: fit]",
 )
 @click.option("--block-tokens", type=click.IntRange(1), help="Tokens that go through the blocks for it.")
 @click.option("--block-lr", type=click.FloatRange(0, min_open=True), help="Rate for scales, relative to their RMS.")
@@ -90,6 +90,7 @@ Example:
     type=click.FloatRange(0, min_open=True),
     help="Minutes to tune, turned into tokens by timing the first steps.",
 )
+@click.option("--tune-seq-len", type=click.IntRange(16), help="Tokens in a window that is tuned on.")
 @click.option("--tune-lr", type=click.FloatRange(0, min_open=True), help="Rate for scales, relative to their RMS.")
 @click.option("--tune-sign-lr", type=click.FloatRange(0, min_open=True), help="Rate for latent signs.")
 @click.option("--embedding-type", help="GGUF type of the embeddings: q8_0, q6_k, f16, …")
@@ -240,7 +241,9 @@ def resolve_settings(source, device: str, options: dict):
         tune=tune,
         tune_tokens=None if tune == "none" else tokens,
         tune_minutes=None if tune == "none" else minutes,
-        tune_seq_len=min(recipe.tune.get("seq_len", recipe.seq_len), chosen("seq_len", recipe_seq_len)),
+        tune_seq_len=chosen(
+            "tune_seq_len", min(recipe.tune.get("seq_len", recipe.seq_len), chosen("seq_len", recipe_seq_len))
+        ),
         tune_lr=chosen("tune_lr", recipe.tune["lr"]),
         tune_sign_lr=chosen("tune_sign_lr", 0.1) if tune == "signs" else None,
         embedding_type=chosen("embedding_type", recipe.embedding_type),
