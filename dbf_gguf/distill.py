@@ -19,9 +19,9 @@ What makes it fit for a long night:
   next step: a small model leaves the threads idle now and then.
 - Of several processes each takes a share of a step's windows, at least one; so a step may have more of them.
 - The state with the lowest KL on windows that are never trained on (blocks may have been fitted to some of their text)
-  is what is returned, and once that has not fallen
-  for PATIENCE evaluations it is over. Those of the first half do not count: while the rate is high its noise hides what
-  is gained (SmolLM2 at 2 bits with a rate of 2e-3: KL 0.615 after 40 steps of 1700, 0.642 after 160).
+  is what is returned, and once that has not fallen for PATIENCE evaluations it is over. Those of the first half do not
+  count: while the rate is high its noise hides what is gained (SmolLM2 at 2 bits with a rate of 2e-3: KL 0.615 after 40
+  steps of 1700, 0.642 after 160).
 """
 
 import math
