@@ -478,7 +478,7 @@ def test_weights_that_are_not_finite(model, text, tmp_path, monkeypatch, capsys)
 
 def options(**given) -> dict:
     names = "bits calib calib_sequences seq_len iterations tune tune_tokens tune_minutes embedding_type output_type"
-    names += " size budget blocks block_tokens block_lr block_sign_lr tune_lr tune_sign_lr threads"
+    names += " size budget blocks block_tokens block_lr block_sign_lr tune_seq_len tune_lr tune_sign_lr threads"
     others = {"effort": "normal", "importance": True, "join": "none", "threads": None, "seed": 0, "eval_windows": 32}
     return dict.fromkeys(names.split()) | others | given
 

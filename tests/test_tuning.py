@@ -1363,7 +1363,7 @@ def test_weights_that_cannot_be_factorized_are_named():
 
 def test_stored_curves(tmp_path):
     path = tmp_path / "budget.json"
-    curves = {"a": ((32, 0.25), (96, 1 / 3)), "b": ((64, 1e-9), (128, 1e-12))}
+    curves = {"a": ((32, 1 / 3), (96, 0.25)), "b": ((64, 1e-9), (128, 1e-12))}
     sensitivity.write(path, "weights", True, curves, bits=2.0)
     assert sensitivity.read(path, "weights", True) == curves
     with pytest.raises(DBFError, match="another model") as error:
