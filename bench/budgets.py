@@ -20,13 +20,14 @@ where it was interrupted. All files go into --out; at the end a table and --out/
 import argparse
 import json
 import math
+import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from unittest import mock
 
 import torch
-from commands import StepFailed, dbf_gguf, heading
+from commands import StepFailed, dbf_gguf, heading, run
 
 import dbf_gguf as package
 from dbf_gguf import pipeline
@@ -40,6 +41,7 @@ from dbf_gguf.model import DBFLinear, linear_shapes, load_dense
 from dbf_gguf.prepare import BUDGET, WINDOWS
 from dbf_gguf.source import resolve
 
+GIVEN_WIDTHS = "--given-widths"
 LITTLE = "--blocks fit --block-tokens 24576 --iterations 30 --calib-sequences 12 --tune none"
 
 
@@ -98,7 +100,18 @@ def widths(
     return {name: result[name] for name in shapes}
 
 
+def convert_with(file: Path, arguments: list[str]) -> None:
+    """`dbf-gguf convert` with the widths in a JSON file.
+
+    It has no option for them: they take the place of those that it would make of the measured effects.
+    """
+    chosen = json.loads(file.read_text())
+    with mock.patch.object(pipeline, "adaptive_budget", lambda shapes, bits, curves: chosen):
+        command.main(arguments, standalone_mode=False)
+
+
 def main() -> int:
+    os.environ.setdefault("GOMP_SPINCOUNT", "3000")  # for the process with given widths, see dbf_gguf/cli/convert.py
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="what `dbf-gguf convert` takes")
     parser.add_argument("--bits", type=float, default=2.0)
@@ -126,12 +139,10 @@ def main() -> int:
         more = WorkFolder.open(args.out / "more-work")
         shapes = linear_shapes(resolve(args.model).folder, more.join)
         chosen = widths(channel_scores(more), shapes, args.bits, args.floor)
-        # `convert` has no option for widths: they take the place of those that it would make of the measured effects
-        with mock.patch.object(pipeline, "adaptive_budget", lambda shapes, bits, curves: chosen):
-            command.main(
-                [str(a) for a in arguments("scores", args.bits, args.out / "adaptive-work" / BUDGET)],
-                standalone_mode=False,
-            )
+        file = args.out / "widths.json"
+        file.write_text(json.dumps(chosen))
+        rest = arguments("scores", args.bits, args.out / "adaptive-work" / BUDGET)
+        run([sys.executable, __file__, GIVEN_WIDTHS, file, *rest])
     except (DBFError, StepFailed) as error:
         print(f"budgets: {error}", file=sys.stderr)
         return 1
@@ -149,4 +160,7 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    if sys.argv[1:2] == [GIVEN_WIDTHS]:  # this program's own call
+        convert_with(Path(sys.argv[2]), sys.argv[3:])
+    else:
+        sys.exit(main())
