@@ -82,6 +82,12 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
         return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no mapping
 
 
+def read_metadata(path: Path) -> dict:
+    """What `write_tensors` got as `metadata`, {} without. Raises as `opened`."""
+    with opened(path) as file:
+        return json.loads((file.metadata() or {}).get("dbf", "{}"))
+
+
 def is_disk_error(error: Exception) -> bool:
     """Whether an exception, of Python or of the safetensors library, says that writing failed."""
     return isinstance(error, OSError) or "No space left" in str(error) or "I/O error" in str(error)
@@ -174,8 +180,7 @@ class WorkFolder:
         return read_tensors(self.path / name)
 
     def read_metadata(self, name: str) -> dict:
-        with opened(self.path / name) as f:
-            return json.loads((f.metadata() or {}).get("dbf", "{}"))
+        return read_metadata(self.path / name)
 
     def has(self, name: str) -> bool:
         return (self.path / name).exists()

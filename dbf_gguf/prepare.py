@@ -5,7 +5,6 @@ enough for the first process to hand to the others.
 """
 
 import hashlib
-import json
 import math
 import os
 import shutil
@@ -17,7 +16,7 @@ from safetensors import safe_open
 
 from . import calibration, distill, parallel, sensitivity
 from .budget import MAX_BITS, MIN_BITS, bits_for_size, linear_bits, uniform_budget
-from .checkpoint import opened, read_tensors
+from .checkpoint import read_metadata, read_tensors
 from .errors import DBFError
 from .fetch import sha256_of
 from .gguf_writer import check_convertible, check_types, planned_size
@@ -280,9 +279,7 @@ def _amounts(settings: Settings) -> dict[str, tuple[int, int]]:
 def _kept_windows(path: Path, amounts: dict[str, tuple[int, int]]) -> dict[str, torch.Tensor]:
     """The windows in a work folder's file, without those to tune on where other amounts of these were wanted."""
     windows = read_tensors(path)
-    with opened(path) as file:
-        wanted = json.loads((file.metadata() or {}).get("dbf", "{}"))
-    if wanted.get("tuning") != list(amounts.get("tuning", ())):
+    if read_metadata(path).get("tuning") != list(amounts.get("tuning", ())):
         windows.pop("tuning", None)
     return windows
 
