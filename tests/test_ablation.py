@@ -1,22 +1,12 @@
 """The table of bench/ablation.py. Run alone: pytest tests/test_ablation.py"""
 
-import importlib.util
 import sys
 from pathlib import Path
 
-BENCH = Path(__file__).parent.parent / "bench"
+import ablation
 
 
-def load(monkeypatch):
-    monkeypatch.syspath_prepend(str(BENCH))
-    spec = importlib.util.spec_from_file_location("bench_ablation", BENCH / "ablation.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_an_ingredient_that_brings_nothing_is_said_to(monkeypatch):
-    ablation = load(monkeypatch)
+def test_an_ingredient_that_brings_nothing_is_said_to():
     ppl = {"nothing": 20.0, "importance": 25.0, "distillation": 80.0, "adaptive budget": 19.0, "signs in blocks": 20.05}
     rows = [{"missing": name, "ppl": value, "dense": 10.0} for name, value in ppl.items()]
     assert ablation.table(rows, noise=0.005).splitlines()[2:] == [
@@ -30,7 +20,7 @@ def test_an_ingredient_that_brings_nothing_is_said_to(monkeypatch):
 
 def test_each_arm_lacks_one_thing(monkeypatch, tmp_path):
     """The commands differ from the full one in the options of the ingredient alone; all of them are run again."""
-    ablation, commands = load(monkeypatch), {}
+    commands = {}
 
     def convert(*args):
         args = [str(a) for a in args]

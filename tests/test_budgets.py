@@ -1,26 +1,13 @@
 """The widths that bench/budgets.py reads off channel scores. Run alone: pytest tests/test_budgets.py"""
 
-import importlib.util
-from pathlib import Path
-
+import budgets
 import pytest
 import torch
 
 from dbf_gguf.budget import linear_bits, uniform_budget
 
-BENCH = Path(__file__).parent.parent / "bench"
 
-
-@pytest.fixture
-def budgets(monkeypatch):
-    monkeypatch.syspath_prepend(str(BENCH))
-    spec = importlib.util.spec_from_file_location("bench_budgets", BENCH / "budgets.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_pools_keep_their_best_channels(budgets):
+def test_pools_keep_their_best_channels():
     """Within a pool channels go where the scores are; no pool gives to another, each keeps its sum."""
     shapes = {"a.1": (512, 512), "a.2": (512, 512), "b.1": (256, 1024), "b.2": (256, 1024)}
     even, more = uniform_budget(shapes, 2.0), uniform_budget(shapes, 2.5)
@@ -37,7 +24,7 @@ def test_pools_keep_their_best_channels(budgets):
 
 
 @pytest.mark.parametrize("floor", [0.5, 0.9])
-def test_no_linear_goes_below_the_floor(budgets, floor):
+def test_no_linear_goes_below_the_floor(floor):
     shapes = dict.fromkeys("abcd", (512, 512))
     more = uniform_budget(shapes, 3.0)
     scores = {name: torch.full((k,), 10.0**-i) for i, (name, k) in enumerate(more.items())}

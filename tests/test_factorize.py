@@ -5,11 +5,10 @@ The comparison on real matrices, with times: python bench/factorize.py
 """
 
 import functools
-import importlib.util
 import math
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
+import factorize as bench
 import pytest
 import torch
 
@@ -28,12 +27,6 @@ from dbf_gguf.factorize import (
     few_equations,
 )
 from dbf_gguf.factors import Factors
-
-_SPEC = importlib.util.spec_from_file_location(
-    "bench_factorize", Path(__file__).parent.parent / "bench" / "factorize.py"
-)
-bench = importlib.util.module_from_spec(_SPEC)
-_SPEC.loader.exec_module(bench)
 
 SCALES = ("scale_a", "scale_m", "scale_b")
 QUICK = 60  # outer iterations where the quality itself is not asked for
