@@ -3,9 +3,12 @@
     python bench/ablation.py smollm2-135m
     python bench/ablation.py smollm2-135m --bits 1.5 --tune-tokens 98304 --block-tokens 65536 --iterations 60
 
-All arms get the same text, tokens, iterations and seed. Measured is what `dbf-gguf convert` measures at its end: the
-perplexity of the dense and of the compressed model in PyTorch on the evaluation text. An ingredient that makes less
-than --noise of a difference to the perplexity is said to bring nothing; so is one without which the result is better.
+All arms get the same text, tokens, iterations and seed, but for one that has all ingredients and another seed (other
+signs to begin with, other windows of the text): how far it comes out from the first is chance. Measured is what
+`dbf-gguf convert` measures at its end: the perplexity of the dense and of the compressed model in PyTorch on the
+evaluation text. An ingredient that makes no more difference than chance, or than --noise, is said to bring nothing; so
+is one without which the result is better. Blocks cannot be tuned where nothing goes block by block, nor signs where
+nothing is distilled: these two arms lack both.
 
 All files go into --out, one work folder an arm; the same command again goes on where it was interrupted. At the end a
 table and --out/ablation.json.
@@ -21,13 +24,15 @@ from commands import StepFailed, dbf_gguf, heading
 from dbf_gguf.join import ALL, NONE
 
 FULL = {"--blocks": "signs", "--tune": "signs", "--budget": "adaptive", "--join": ALL}
+CHANCE = "nothing, another seed"
 ARMS = {  # name of what is missing -> options in the place of those of the full one
     "nothing": {},
+    CHANCE: {"--seed": "1"},
     "importance": {"--no-importance": None},
-    "block by block": {"--blocks": "none"},
+    "block by block, tuning of blocks": {"--blocks": "none"},
     "tuning of blocks": {"--blocks": "fit"},
     "signs in blocks": {"--blocks": "scales"},
-    "distillation": {"--tune": "none"},
+    "any distillation": {"--tune": "none"},
     "signs in distillation": {"--tune": "scales"},
     "adaptive budget": {"--budget": "uniform"},
     "joint linears": {"--join": NONE},
@@ -36,10 +41,10 @@ ARMS = {  # name of what is missing -> options in the place of those of the full
 
 def convert(model: str, missing: str, out: Path, given: list[str]) -> dict:
     """One arm's figures; `given` are the options that all arms share. Raises StepFailed."""
-    name = missing.replace(" ", "-")
+    name = missing.replace(",", "").replace(" ", "-")
     output, work = out / f"{name}.gguf", out / f"{name}-work"
     options = [item for pair in (FULL | ARMS[missing]).items() for item in pair if item is not None]
-    if missing == "distillation":  # which has no tokens then
+    if missing == "any distillation":  # which has no tokens then
         drop = given.index("--tune-tokens")
         given = given[:drop] + given[drop + 2 :]
     # also when it is finished: it takes seconds then, and is refused where the options are others
@@ -50,11 +55,14 @@ def convert(model: str, missing: str, out: Path, given: list[str]) -> dict:
 
 def table(rows: list[dict], noise: float) -> str:
     """The arms, the worst first after the full one, and what the ingredient brings."""
-    full = rows[0]
+    full, chance = rows[0], next(row for row in rows if row["missing"] == CHANCE)
+    noise = max(noise, abs(chance["ppl"] / full["ppl"] - 1))
     lines = ["| without | perplexity | times dense | brings |", "|---|---|---|---|"]
-    for row in [full, *sorted(rows[1:], key=lambda row: -row["ppl"])]:
+    others = [row for row in rows if row not in (full, chance)]
+    for row in [full, chance, *sorted(others, key=lambda row: -row["ppl"])]:
         gain = row["ppl"] / full["ppl"] - 1
-        brings = "" if row is full else "nothing" if gain < noise else f"{100 * gain:.1f} %"
+        brings = f"{100 * gain:.1f} %" if gain > noise else "nothing"
+        brings = {id(full): "", id(chance): f"chance: {100 * gain:+.1f} %"}.get(id(row), brings)
         lines.append(f"| {row['missing']} | {row['ppl']:.2f} | {row['ppl'] / row['dense']:.2f} | {brings} |")
     return "\n".join(lines)
 
@@ -71,6 +79,8 @@ def main() -> int:
     parser.add_argument("--noise", type=float, default=0.005, help="share of the perplexity that counts as nothing")
     parser.add_argument("--out", type=Path, default=Path("ablation"))
     args = parser.parse_args()
+    if not args.eval_windows.isdecimal() or int(args.eval_windows) == 0:
+        parser.error("--eval-windows must be a positive number: the arms are compared by their perplexity")
     names = ("bits", "iterations", "block_tokens", "tune_tokens", "eval_windows", "calib")
     given = [item for name in names for item in (f"--{name.replace('_', '-')}", getattr(args, name))]
     rows = []

@@ -30,10 +30,9 @@ import torch
 from commands import StepFailed, dbf_gguf, heading, run
 
 import dbf_gguf as package
-from dbf_gguf import pipeline
+from dbf_gguf import cli, pipeline
 from dbf_gguf.budget import bits_per_weight, linear_bits, uniform_budget
 from dbf_gguf.checkpoint import WorkFolder
-from dbf_gguf.cli.convert import command
 from dbf_gguf.errors import DBFError
 from dbf_gguf.factors import BLOCK
 from dbf_gguf.loss import kl_divergence
@@ -107,7 +106,8 @@ def convert_with(file: Path, arguments: list[str]) -> None:
     """
     chosen = json.loads(file.read_text())
     with mock.patch.object(pipeline, "adaptive_budget", lambda shapes, bits, curves: chosen):
-        command.main(arguments, standalone_mode=False)
+        sys.argv = ["dbf-gguf", "convert", *arguments]
+        cli.main()
 
 
 def main() -> int:
@@ -121,6 +121,10 @@ def main() -> int:
     given = sys.argv[1:]
     cut = given.index("--") if "--" in given else len(given)
     args, options = parser.parse_args(given[:cut]), given[cut + 1 :] or LITTLE.split()
+    if not 0 <= args.floor < 1:
+        parser.error("--floor must be between 0 and 1: what every linear keeps of its bits")
+    if args.above <= 0:
+        parser.error("--above must be positive: channels can only be taken away")
     args.out.mkdir(parents=True, exist_ok=True)
 
     def arguments(name: str, bits: float, budget: str | Path) -> list:
@@ -135,6 +139,8 @@ def main() -> int:
         ):
             heading(name)
             dbf_gguf("convert", *arguments(name, bits, budget))
+            if "perplexity" not in WorkFolder.open(args.out / f"{name}-work").manifest:
+                raise StepFailed("there is nothing to compare by: leave --eval-windows 0 out")
         heading("scores")
         more = WorkFolder.open(args.out / "more-work")
         shapes = linear_shapes(resolve(args.model).folder, more.join)

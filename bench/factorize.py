@@ -1,6 +1,6 @@
 """Our factorization against the plain one, on real matrices: error and time, side by side.
 
-    python bench/factorize.py                        9 cases, about ten minutes on two cores
+    python bench/factorize.py                        9 cases, minutes on two cores
     python bench/factorize.py --layers layers.5.self_attn.q_proj --bits 1
 
 `reference` below is the algorithm as the paper's authors run it: 260 outer iterations of 3 inner ADMM steps in float32,

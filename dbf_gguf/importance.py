@@ -38,6 +38,14 @@ GROUP_BYTES = 8 << 30  # of block inputs in a file, or half of the free disk whe
 TOKEN_CAP = 10.0
 
 
+def arguments(names: list[str], found: dict[str, torch.Tensor] | None) -> dict[str, torch.Tensor]:
+    """The arguments of `factorize` for these linears, of one shape, from what `measure` has found; {} for None."""
+    if found is None:
+        return {}
+    sides = (("importance_in", "input"), ("importance_out", "output"))
+    return {argument: torch.stack([found[f"{name}.{side}"] for name in names]) for argument, side in sides}
+
+
 def measure(
     model: BlockModel,
     windows: torch.Tensor,

@@ -52,7 +52,7 @@ def convert(source: ModelSource, model: str, output: Path, work_dir: Path, setti
     begin = time.monotonic()
     torch.set_num_threads(settings.threads)
     given = parallel.from_main(lambda: prepare(source, settings, output, work_dir, screen))
-    advice = "try fewer --threads, a smaller --seq-len, or --device cpu"
+    advice = "try fewer --threads, a smaller --seq-len, or --device cpu, with another --work"
     with _work_folder(work_dir) as work, _enough_memory(f"on {settings.device}: {advice}"):
         job = Job(given, settings.device, work, screen)
         if parallel.is_main():
@@ -205,16 +205,17 @@ class Job:
         if s.budget == "uniform":
             return
         if parallel.is_main():
-            sensitivity.write(work.path / BUDGET, self.given.weights, s.metric, self.curves, bits=s.bits, k=self.budget)
+            found = {"bits": s.bits, "k": self.budget}
+            sensitivity.write(work.path / BUDGET, self.given.weights, s.compressed, self.curves, **found)
         sensitivity.clean(work.path / EFFECTS)
         each = [bits_per_weight(self.shapes, {name: k}) for name, k in self.budget.items()]
         total = bits_per_weight(self.shapes, self.budget)
         self.screen.line(f"budget: {min(each):.2f} to {max(each):.2f} bits a linear, {total:.3f} over all")
 
     def _measure_effects(self) -> None:
-        path, metric = self.work.path / BUDGET, self.settings.metric
+        path, how = self.work.path / BUDGET, self.settings.compressed
         self.curves = parallel.from_main(
-            lambda: sensitivity.read(path, self.given.weights, metric) if path.exists() else {}
+            lambda: sensitivity.read(path, self.given.weights, how) if path.exists() else {}
         )
         if self.curves.keys() == self.shapes.keys():
             self.screen.line("budget: measured before")
@@ -226,9 +227,9 @@ class Job:
                 self.block_model(),
                 self.shapes,
                 self.windows["calibration"].long(),
-                self.work.read_tensors("importance.safetensors"),
+                self._read_importance(),
                 self.work.path / EFFECTS,
-                metric=metric,
+                metric=self.settings.metric,
                 workers=self._workers("measuring_workers", widest),
                 seed=self.settings.seed,
                 report=update,
@@ -255,7 +256,7 @@ class Job:
             self.screen.line(f"factorization: {done} of {total} linears done before")
         if self._compressed():
             return
-        tensors = work.read_tensors("importance.safetensors")
+        tensors = self._read_importance()
         with self.screen.progress("factorization", total, done) as update:
             if self.settings.blocks == "none":
                 units = [u for u in self._units(self.budget) if any(name not in work.manifest["linears"] for name in u)]
@@ -288,7 +289,9 @@ class Job:
     def _report_block(self, index: int, before: float, after: float) -> None:
         self.screen.line(f"blk.{index:<14} tuned, relative error of what it adds {before:.4f} -> {after:.4f}")
 
-    def _factorize_units(self, units: list, weight: Callable, tensors: dict, moment, workers: int, update) -> None:
+    def _factorize_units(
+        self, units: list, weight: Callable, tensors: dict | None, moment, workers: int, update
+    ) -> None:
         """Puts the linears of `units`, and what the other processes do meanwhile, into the work folder."""
         work, finished = self.work, {}
         with side_by_side(workers) as pool:
@@ -323,7 +326,7 @@ class Job:
                 parts.append(f.get_tensor(key))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    def _factorize_unit(self, names: list[str], weight: Callable, tensors: dict, moment) -> list[tuple]:
+    def _factorize_unit(self, names: list[str], weight: Callable, tensors: dict | None, moment) -> list[tuple]:
         """[(name, factors, error, seconds)] of one unit; weight(name) is [n_out, n_in]."""
         begin = time.monotonic()
         device = self.device
@@ -333,7 +336,7 @@ class Job:
             factors, errors = factorize(
                 weights,
                 self.budget[names[0]],
-                **self._importance(names, tensors),
+                **importance.arguments(names, tensors),
                 moment=moment,
                 iterations=self.settings.iterations,
                 seed=self.settings.seed,
@@ -343,14 +346,8 @@ class Job:
         seconds = (time.monotonic() - begin) / len(names)
         return [(n, f, e, seconds) for n, f, e in zip(names, factors, errors.tolist(), strict=True)]
 
-    def _importance(self, names: list[str], tensors: dict) -> dict[str, torch.Tensor]:
-        """The arguments of `factorize` that say what matters."""
-        if not self.settings.importance:
-            return {}
-        return {
-            argument: torch.stack([tensors[f"{name}.{side}"] for name in names])
-            for argument, side in (("importance_in", "input"), ("importance_out", "output"))
-        }
+    def _read_importance(self) -> dict[str, torch.Tensor] | None:
+        return self.work.read_tensors("importance.safetensors") if self.settings.importance else None
 
     def tune(self) -> None:
         s, work = self.settings, self.work

@@ -69,6 +69,11 @@ class Settings:
         """Whether a linear is factorized with the second moment of its inputs."""
         return self.blocks != "none" and self.importance
 
+    @property
+    def compressed(self) -> str:
+        """How a linear is factorized, as `sensitivity` tells it."""
+        return "with moments" if self.metric else "with importance" if self.importance else "plainly"
+
 
 @dataclass(frozen=True)
 class Prepared:
@@ -147,7 +152,7 @@ def prepare(source: ModelSource, settings: Settings, output: Path, work_dir: Pat
     curves, recorded_budget = None, s.budget
     if s.budget not in ("uniform", "adaptive"):
         path = Path(s.budget).expanduser()
-        curves, recorded_budget = _read_curves(path, weights, s.metric, shapes), _named_by_content(path)
+        curves, recorded_budget = _read_curves(path, weights, s.compressed, shapes), _named_by_content(path)
     tree = source_tree()
     if s.size is not None:
         s = replace(s, bits=_bits_for_size(source, s, shapes, tree))
@@ -185,8 +190,8 @@ def prepare(source: ModelSource, settings: Settings, output: Path, work_dir: Pat
     )
 
 
-def _read_curves(path: Path, weights: str, metric: bool, shapes: dict) -> dict:
-    curves = sensitivity.read(path, weights, metric)
+def _read_curves(path: Path, weights: str, compressed: str, shapes: dict) -> dict:
+    curves = sensitivity.read(path, weights, compressed)
     if curves.keys() != shapes.keys():
         raise DBFError(f"{path} was measured with another --join: --budget adaptive measures with this one")
     return curves

@@ -44,6 +44,7 @@ from .checkpoint import WorkFolder, write_atomically
 from .errors import DBFError
 from .factorize import InputMoment, factorize
 from .factors import BLOCK
+from .importance import arguments
 from .loss import Pieces, kl_of_logs, log_probabilities
 from .threads import in_order, side_by_side
 
@@ -55,14 +56,19 @@ ITERATIONS = 12
 TOKENS, LENGTH = 1024, 256  # of calibration text for the KL, in windows of at most LENGTH
 STATE_BYTES = 1 << 28  # of the hidden states behind all changed blocks, before they are kept in a file
 LEAST_EFFECT = 1e-9  # below it the KL is rounding
-FORMAT = 2
+COMPRESSED = {
+    "with moments": "block by block",
+    "with importance": "alone (--blocks none)",
+    "plainly": "without importance",
+}
+FORMAT = 3
 
 
 def measure(
     model: BlockModel,
     shapes: dict[str, tuple[int, int]],
     windows: torch.Tensor,
-    importance: dict[str, torch.Tensor],
+    importance: dict[str, torch.Tensor] | None,
     folder: Path,
     *,
     metric: bool,
@@ -74,7 +80,7 @@ def measure(
 
     shapes      (n_out, n_in) of the linears, in the model's order
     windows     calibration windows [count, length], token ids
-    importance  that of `importance.measure`
+    importance  that of `importance.measure`; None: all rows and columns count alike
     folder      where factors, and activations too large for memory, are kept until `clean`; a run with the same
                 arguments goes on with what it finds there
     metric      factorize with the second moment of the inputs
@@ -104,8 +110,7 @@ def measure(
             (found,), _ = factorize(
                 weight[None],
                 widths[name][1],
-                importance_in=importance[f"{name}.input"][None],
-                importance_out=importance[f"{name}.output"][None],
+                **arguments([name], importance),
                 moment=moment,
                 iterations=ITERATIONS,
                 seed=seed,
@@ -172,17 +177,23 @@ def clean(folder: Path) -> None:
 
 
 def _open(folder: Path) -> WorkFolder:
-    if parallel.is_main() and not (folder / "manifest.json").exists():
-        WorkFolder.create(folder)
-    parallel.wait()
-    return WorkFolder.open(folder)
+    """The folder as the first process finds it, which may have written more before another one looks."""
+
+    def manifest() -> dict:
+        begun = (folder / "manifest.json").exists()
+        return (WorkFolder.open(folder) if begun else WorkFolder.create(folder)).manifest
+
+    return WorkFolder(folder, parallel.from_main(manifest))
 
 
 @torch.no_grad()
 def _effects(
     model: BlockModel, hidden: torch.Tensor, states: Activations, places: dict[str, slice], workers: int
 ) -> dict[str, float]:
-    """KL per token of the states at `places` against the dense ones [count, length, d], all behind the last block."""
+    """KL per token of the states at `places` against the dense ones [count, length, d], all behind the last block.
+
+    Raises DBFError where it is not finite.
+    """
     norm, head = model.norm, model.head
 
     @torch.no_grad()
@@ -197,6 +208,9 @@ def _effects(
             found = pool.map(partial(one, number, log_p), places.values())
             for name, kl in zip(places, found, strict=True):
                 totals[name] += kl
+    lost = [name for name, total in totals.items() if not math.isfinite(total)]
+    if lost:
+        raise DBFError(f"with {lost[0]} compressed the model's output is not finite: its weights are damaged")
     return {name: max(total / hidden[..., 0].numel(), LEAST_EFFECT) for name, total in totals.items()}
 
 
@@ -232,36 +246,39 @@ class _Stream:
         return {name: moment for group, moment in zip(order, found, strict=True) for name in group}
 
 
-def write(path: Path, weights: str, metric: bool, curves: dict[str, Curve], **allocation) -> None:
-    """Stores the curves of the model with the fingerprint `weights` as JSON, and `allocation` beside them."""
-    stored = {"format": FORMAT, "weights": weights, "metric": metric, "curves": curves}
+def write(path: Path, weights: str, compressed: str, curves: dict[str, Curve], **allocation) -> None:
+    """Stores the curves of the model with the fingerprint `weights` as JSON, and `allocation` beside them.
+
+    compressed  how the linears were, a key of COMPRESSED
+    """
+    stored = {"format": FORMAT, "weights": weights, "compressed": compressed, "curves": curves}
     text = json.dumps(stored | allocation, indent=1)
     write_atomically(path, lambda part: part.write_text(text))
 
 
-def read(path: Path, weights: str, metric: bool) -> dict[str, Curve]:
+def read(path: Path, weights: str, compressed: str) -> dict[str, Curve]:
     """The curves stored in `path`.
 
-    Raises DBFError when it is no such file, or was measured on a model with other weights, or not with `metric`.
+    Raises DBFError when it is no such file, or was measured on a model with other weights, or on linears that were
+    not `compressed` so.
     """
     try:
         stored = json.loads(path.read_text())
         if stored["format"] != FORMAT:
             raise ValueError("another format")
-        found, measured = stored["weights"], stored["metric"]
+        found, how = stored["weights"], COMPRESSED[stored["compressed"]]
         curves = {name: ((int(a), float(b)), (int(c), float(d))) for name, ((a, b), (c, d)) in stored["curves"].items()}
         if not all(0 < a < c and 0 < d < b < math.inf for (a, b), (c, d) in curves.values()):
             raise ValueError("an effect that does not fall")
     except OSError as error:
         raise DBFError(f"{path} cannot be read: {error.strerror}") from None
-    except (ValueError, TypeError, KeyError, AttributeError):
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError):
         raise DBFError(f"{path} is no budget: give uniform, adaptive, or a work folder's budget.json") from None
     if found != weights:
         raise DBFError(f"{path} was measured on another model: --budget adaptive measures this one")
-    if measured != metric:
-        how = ("alone (--blocks none or --no-importance)", "block by block")
+    if how != COMPRESSED[compressed]:
         raise DBFError(
-            f"{path} holds effects of linears compressed {how[measured]}, here they are compressed {how[metric]}: "
+            f"{path} holds effects of linears compressed {how}, here they are compressed {COMPRESSED[compressed]}: "
             "--budget adaptive measures these"
         )
     return curves

@@ -319,7 +319,7 @@ def check_gguf(file: GGUFFile, what: str) -> None:
     if count("split.count") > 1:
         raise DBFError(
             f"{what} is part {count('split.no') + 1} of {count('split.count')}: join them with "
-            "`llama-gguf-split --merge` first"
+            "`llama-gguf-split --merge` (any llama.cpp's) first"
         )
     if "dbf.version" in file.metadata or any(t.type == DBF_TYPE for t in file.tensors.values()):
         raise DBFError(f"{what} is already compressed by dbf-gguf: start from the original model")

@@ -4,18 +4,25 @@ import sys
 from pathlib import Path
 
 import ablation
+import pytest
 
 
 def test_an_ingredient_that_brings_nothing_is_said_to():
-    ppl = {"nothing": 20.0, "importance": 25.0, "distillation": 80.0, "adaptive budget": 19.0, "signs in blocks": 20.05}
+    ppl = {"nothing": 20.0, ablation.CHANCE: 20.02, "importance": 25.0, "any distillation": 80.0}
+    ppl |= {"adaptive budget": 19.0, "signs in blocks": 20.05}
     rows = [{"missing": name, "ppl": value, "dense": 10.0} for name, value in ppl.items()]
     assert ablation.table(rows, noise=0.005).splitlines()[2:] == [
         "| nothing | 20.00 | 2.00 |  |",
-        "| distillation | 80.00 | 8.00 | 300.0 % |",
+        "| nothing, another seed | 20.02 | 2.00 | chance: +0.1 % |",
+        "| any distillation | 80.00 | 8.00 | 300.0 % |",
         "| importance | 25.00 | 2.50 | 25.0 % |",
         "| signs in blocks | 20.05 | 2.00 | nothing |",
         "| adaptive budget | 19.00 | 1.90 | nothing |",
     ]
+    rows[1]["ppl"] = 14.0  # chance makes 30 %, either way
+    table = ablation.table(rows, noise=0.005)
+    assert "| importance | 25.00 | 2.50 | nothing |" in table and "| any distillation | 80.00 |" in table
+    assert "| 300.0 % |" in table
 
 
 def test_each_arm_lacks_one_thing(monkeypatch, tmp_path):
@@ -37,11 +44,12 @@ def test_each_arm_lacks_one_thing(monkeypatch, tmp_path):
     common += " --calib wiki --blocks signs --tune signs --budget adaptive --join qkv,gate_up"
     expected = {
         "nothing": common,
+        "nothing-another-seed": f"{common} --seed 1",
         "importance": f"{common} --no-importance",
-        "block-by-block": common.replace("--blocks signs", "--blocks none"),
+        "block-by-block-tuning-of-blocks": common.replace("--blocks signs", "--blocks none"),
         "tuning-of-blocks": common.replace("--blocks signs", "--blocks fit"),
         "signs-in-blocks": common.replace("--blocks signs", "--blocks scales"),
-        "distillation": common.replace(" --tune-tokens 98304", "").replace("--tune signs", "--tune none"),
+        "any-distillation": common.replace(" --tune-tokens 98304", "").replace("--tune signs", "--tune none"),
         "signs-in-distillation": common.replace("--tune signs", "--tune scales"),
         "adaptive-budget": common.replace("--budget adaptive", "--budget uniform"),
         "joint-linears": common.replace("--join qkv,gate_up", "--join none"),
@@ -50,3 +58,6 @@ def test_each_arm_lacks_one_thing(monkeypatch, tmp_path):
     assert (tmp_path / "ablation.json").exists()
     commands.clear()
     assert ablation.main() == 0 and len(commands) == len(expected)  # `convert` knows what is finished
+    monkeypatch.setattr(sys, "argv", ["ablation", "tiny", "--out", str(tmp_path), "--eval-windows", "0"])
+    with pytest.raises(SystemExit):
+        ablation.main()

@@ -200,16 +200,18 @@ def test_killed_up_to_ten_times_and_resumed_ends_in_the_same_file(converted, mod
     """Five kills right after a line was printed, five at random times; each run but the last goes on and is killed."""
     output = tmp_path / "tiny.gguf"
     dice = random.Random(5)
-    killed = 0
+    killed, starting = 0, None  # seconds until importance is measured; fast machines are done before slow ones begin
     for moment in ["importance:", "blk.0.ffn_down", "blk.1.ffn_up", "tuning 40/", "writing"]:
         for after in (moment, None):
+            begin = time.monotonic()
             run = start(model, text, output, "--resume")
             if after is None:
-                time.sleep(dice.uniform(1, 7))
+                time.sleep(dice.uniform(0.6, 1.4) * starting)
             elif not any(line.startswith(after) for line in run.stdout):
                 assert run.wait() == 0  # a random kill came after this moment already: all was done
                 continue
-            time.sleep(dice.uniform(0, 0.3))
+            starting = starting or time.monotonic() - begin
+            time.sleep(dice.uniform(0, 0.05) * starting)
             killed += run.poll() is None
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(run.pid, signal.SIGKILL)

@@ -540,7 +540,7 @@ def test_gguf_with_llama3_rope(tmp_path, cache, vocabulary):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"split__count": 3, "split__no": 1}, "t.gguf is part 2 of 3: join them with `llama-gguf-split --merge` first"),
+        ({"split__count": 3, "split__no": 1}, "t.gguf is part 2 of 3: join them with `llama-gguf-split --merge`"),
         ({"dbf__version": 1}, "t.gguf is already compressed by dbf-gguf"),
         ({"llama__expert_count": 8}, "t.gguf is a mixture of experts (llama)"),
         ({"arch": "qwen3moe"}, "t.gguf is a mixture of experts (qwen3moe)"),

@@ -1364,34 +1364,37 @@ def test_weights_that_cannot_be_factorized_are_named():
 def test_stored_curves(tmp_path):
     path = tmp_path / "budget.json"
     curves = {"a": ((32, 1 / 3), (96, 0.25)), "b": ((64, 1e-9), (128, 1e-12))}
-    sensitivity.write(path, "weights", True, curves, bits=2.0)
-    assert sensitivity.read(path, "weights", True) == curves
+    sensitivity.write(path, "weights", "with moments", curves, bits=2.0)
+    assert sensitivity.read(path, "weights", "with moments") == curves
     with pytest.raises(DBFError, match="another model") as error:
-        sensitivity.read(path, "others", True)
+        sensitivity.read(path, "others", "with moments")
     one_line(error)
-    with pytest.raises(DBFError, match="compressed block by block, here they are compressed alone") as error:
-        sensitivity.read(path, "weights", False)
-    one_line(error)
+    for how, message in (("with importance", "compressed alone"), ("plainly", "compressed without importance")):
+        with pytest.raises(DBFError, match=f"compressed block by block, here they are {message}") as error:
+            sensitivity.read(path, "weights", how)
+        one_line(error)
 
 
 @pytest.mark.parametrize("ks", [(64, 32), (32, 32), (0, 64), (32, 64)])
 @pytest.mark.parametrize("effects", [(0.5, 0.5), (1.0, 0.0), (math.nan, 0.5), (math.inf, 0.5), (1.0, 0.5)])
 def test_curves_that_do_not_fall_are_refused(ks, effects, tmp_path):
     path = tmp_path / "budget.json"
-    sensitivity.write(path, "w", True, {"a": ((32, 0.5), (64, 0.25)), "b": tuple(zip(ks, effects, strict=True))})
+    sensitivity.write(path, "w", "plainly", {"a": ((32, 0.5), (64, 0.25)), "b": tuple(zip(ks, effects, strict=True))})
     if (ks, effects) == ((32, 64), (1.0, 0.5)):
-        assert sensitivity.read(path, "w", True)["b"] == ((32, 1.0), (64, 0.5))
+        assert sensitivity.read(path, "w", "plainly")["b"] == ((32, 1.0), (64, 0.5))
         return
     with pytest.raises(DBFError, match="is no budget") as error:
-        sensitivity.read(path, "w", True)
+        sensitivity.read(path, "w", "plainly")
     one_line(error)
 
 
 @pytest.mark.parametrize(
     "text",
     [
-        *("", "[]", "{}", "7", '{"format": 2}', '{"format": 1, "weights": "w", "metric": true, "curves": {}}'),
-        '{"format": 2, "weights": "w", "metric": true, "curves": {"a": 3}}',
+        *("", "[]", "{}", "7", '{"format": 3}', '{"format": 2, "weights": "w", "metric": true, "curves": {}}'),
+        '{"format": 3, "weights": "w", "compressed": "plainly", "curves": {"a": 3}}',
+        '{"format": 3, "weights": "w", "compressed": "plainly", "curves": {"a": [[Infinity, 2], [64, 1]]}}',
+        '{"format": 3, "weights": "w", "compressed": "otherwise", "curves": {}}',
     ],
 )
 def test_what_is_no_stored_budget(text, tmp_path):
@@ -1399,5 +1402,5 @@ def test_what_is_no_stored_budget(text, tmp_path):
     path.write_text(text)
     for place, message in ((path, "is no budget"), (tmp_path, "cannot be read"), (tmp_path / "none", "cannot be read")):
         with pytest.raises(DBFError, match=message) as error:
-            sensitivity.read(place, "w", True)
+            sensitivity.read(place, "w", "plainly")
         one_line(error)

@@ -37,7 +37,7 @@ class _LazyGroup(click.Group):
 @click.group(cls=_LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(__version__, prog_name="dbf-gguf")
 def cli():
-    """Compress Llama-family models below two bits a weight and run them in a patched llama.cpp."""
+    """Compress Llama-family models to about 1 to 2.3 bits a weight and run them in a patched llama.cpp."""
 
 
 def main() -> None:

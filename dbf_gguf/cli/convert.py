@@ -47,7 +47,8 @@ Example:
     type=click.Choice(["fast", "normal", "max"]),
     default="normal",
     show_default=True,
-    help="How long to work on it: sets the defaults of --budget, --iterations, --block-tokens and --tune-tokens.",
+    help="How long to work on it: sets the defaults of --budget, --iterations, --block-tokens, "
+    "--tune-tokens and --tune-minutes.",
 )
 @click.option(
     "-o",
