@@ -17,8 +17,9 @@ and all linears get the same bits (`--budget adaptive` would first measure their
 Memory: resident set size of the process and its children together, twenty times a second, and their own high-water
 marks; the pages of mapped files count. Time: the first checkpoint is converted with twice the iterations of the second,
 so that the time of an iteration and what comes once (reading, eigenvectors, the closed-form fit) can be told apart.
-Both are then counted up to a whole Llama-2-7B at the default iterations; the passages of the calibration text and the
-tuning by their arithmetic, in the amounts of the recipe. What a GPU would take is predicted, see GPU_PRODUCTS. With
+Both are then counted up to a whole Llama-2-7B at the default iterations and to the effects' fewer; importance, passages
+of text and the tuning by their arithmetic, in the amounts of the recipe, at the rate that the iterations had on the
+average. What a GPU would take is predicted, see GPU_PRODUCTS. With
 --linears one random weight of each shape is factorized twice, with few and with more iterations, and nothing else done.
 """
 
@@ -36,7 +37,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from dbf_gguf import recipes
+from dbf_gguf import recipes, sensitivity
 from dbf_gguf.budget import uniform_budget
 from dbf_gguf.factorize import OUTER_ITERATIONS, InputMoment, factorize, few_equations
 from dbf_gguf.join import JOINS
@@ -235,15 +236,28 @@ def gpu_seconds(n_out: int, n_in: int, k: int) -> tuple[float, float]:
     return once, products / GPU_PRODUCTS + systems / GPU_FLOAT32 + passes / GPU_BANDWIDTH
 
 
-def passage_flops() -> float:
-    """Of one token and block (dbf_gguf/blockwise.py).
+def passages(recipe: recipes.Recipe, linears: int) -> dict[str, tuple[int, float]]:
+    """What is done beside factorizations, of a model with `linears` linears: (tokens of text, FLOP over all of it).
 
-    To the inputs of the four groups, and to the block's end, the dense stream passes every linear once, the compressed
-    one q, k, v, gate and up twice and the other two once. H and C of each group, R of two.
+    Importance (dbf_gguf/importance.py): a block forward, the same anew, gradients of its inputs.
+    Effects (dbf_gguf/sensitivity.py): the dense stream with H of each group's inputs; from each changed linear a few
+    tokens through the blocks behind it, on the average half of them.
+    Blocks (dbf_gguf/blockwise.py): to the inputs of the four groups, and to the block's end, the dense stream passes
+    every linear once, the compressed one q, k, v, gate and up twice and the other two once. H and C of each group, R of
+    two.
     """
-    linears = 2 * ((4 + 7) * HIDDEN**2 + (3 + 5) * HIDDEN * FEED_FORWARD)
-    moments = 4 * (3 * HIDDEN**2 + FEED_FORWARD**2) + 2 * HIDDEN * (HIDDEN + FEED_FORWARD)
-    return linears + moments
+    weights = sum(n_out * n_in for n_out, n_in in SHAPES.values())  # of a block
+    moment = 2 * (3 * HIDDEN**2 + FEED_FORWARD**2)
+    calibration, tuning = recipe.calib_sequences * recipe.seq_len, recipe.tune["tune_tokens"]
+    of_effects = calibration * (2 * weights + moment) + linears * sensitivity.TOKENS * weights
+    streams = 2 * ((4 + 7) * HIDDEN**2 + (3 + 5) * HIDDEN * FEED_FORWARD)
+    of_blocks = recipe.block_tokens * (streams + 2 * moment + 2 * HIDDEN * (HIDDEN + FEED_FORWARD))
+    return {
+        "importance": (calibration, WHOLE * calibration * 6 * weights),
+        "effects, passages": (calibration, WHOLE * of_effects),
+        "blocks, passages": (recipe.block_tokens, WHOLE * of_blocks),
+        "tuning": (tuning, WHOLE * tuning * TUNING * weights),
+    }
 
 
 def main() -> int:
@@ -288,7 +302,8 @@ def main() -> int:
     budget = uniform_budget(shapes, arguments.bits)
     print(f"\na whole model: {WHOLE} blocks, {arguments.bits} bits, {OUTER_ITERATIONS} iterations; seconds of a linear")
     print(f"{'shape':>13}  {'k':>5}  {'TFLOP':>6}  {'once':>6}  {'iteration':>9}  {'here':>7}  GPU (predicted)")
-    total = predicted = work = spent = 0.0
+    wider = uniform_budget(shapes, max(sensitivity.CURVE_BITS))
+    total = predicted = work = spent = effects = effects_predicted = 0.0
     for shape in dict.fromkeys(shapes.values()):
         names = [name for name, s in shapes.items() if s == shape]
         k = budget[names[0]]
@@ -297,15 +312,18 @@ def main() -> int:
         once, iteration, here, gpu = counted_up(shape, k, (n, few), (2 * n, many))
         total += WHOLE * len(names) * here
         predicted += WHOLE * len(names) * gpu
+        wide = wider[names[0]]
+        longer = sum(flops(*shape, wide)) / sum(flops(*shape, k))
+        effects += WHOLE * len(names) * (once + sensitivity.ITERATIONS * longer * iteration)
+        gpu_once, gpu_iteration = gpu_seconds(*shape, wide)
+        effects_predicted += WHOLE * len(names) * (gpu_once + sensitivity.ITERATIONS * gpu_iteration)
         work += len(names) * sum(flops(*shape, k))
         spent += len(names) * max(iteration, 1e-9)
         row = f"{sum(flops(*shape, k)) / 1e12:6.2f}  {once:6.1f}  {iteration:9.2f}  {here:7.0f}  {gpu:7.1f}"
         print(f"{shape[0]:>6}x{shape[1]:<6}  {k:5}  {row}   x {WHOLE * len(names)}")
     print(f"all linears: {total / 3600:.1f} h here; predicted {predicted / 60:.0f} min on a GPU of a 4090's class")
-    amounts = {"passages": recipe.block_tokens, "tuning": recipe.tune["tune_tokens"]}
-    per_token = {"passages": passage_flops(), "tuning": TUNING * sum(n_out * n_in for n_out, n_in in SHAPES.values())}
-    for stage, tokens in amounts.items():
-        flop = WHOLE * tokens * per_token[stage]
+    print(f"effects, linears: {effects / 3600:.1f} h here; predicted {effects_predicted / 60:.0f} min")
+    for stage, (tokens, flop) in passages(recipe, WHOLE * len(shapes)).items():
         hours = f"{flop / (work / spent) / 3600:.0f} h at the iterations' {work / spent / 1e9:.0f} GFLOPS"
         minutes = f"{flop / GPU_PRODUCTS / 60:.0f} min"
         print(f"{stage}, {tokens:,} tokens, {flop / 1e15:.1f} PFLOP: {hours}; predicted {minutes}")

@@ -16,7 +16,6 @@ Between blocks the hidden states of all windows are kept by `Activations`, in me
 """
 
 import copy
-import math
 import mmap
 import os
 import shutil
@@ -33,7 +32,7 @@ from .checkpoint import WorkFolder
 from .errors import DBFError
 from .factors import Factors
 from .join import NONE, stored_names
-from .model import join_linears, one_line, replace_linear, weight_files
+from .model import join_linears, one_line, replace_linear, stop_dropout, weight_files
 
 EMBEDDING, HEAD, NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"
 MIDDLE = "post_attention_layernorm"  # the module of a block whose input stands between attention and MLP
@@ -109,9 +108,7 @@ class BlockModel:
         """Block `index`, dense, frozen, in eval mode, without dropout; only its own tensors are read."""
         block = copy.deepcopy(self._body.layers[index].block)
         self._fill(block, block_prefix(index))
-        for module in block.modules():  # a caller may turn the training mode on
-            if hasattr(module, "attention_dropout"):
-                module.attention_dropout = 0.0
+        stop_dropout(block)  # a caller may turn the training mode on
         return block
 
     def run(self, index: int, block: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
@@ -258,8 +255,8 @@ class Activations:
 
     def __init__(self, count: int, length: int, d: int, dtype: torch.dtype, folder: Path, budget: int):
         shape = (count, length, d)
-        self.bytes = math.prod(shape) * dtype.itemsize
-        self.in_memory = self.bytes <= budget
+        self.bytes = self.on_disk(*shape, dtype, budget)
+        self.in_memory = self.bytes == 0
         self._map = None
         if self.in_memory:
             self._values = torch.empty(shape, dtype=dtype)
@@ -280,6 +277,12 @@ class Activations:
         except OSError as error:
             raise DBFError(f"cannot keep activations in {folder}: {error.strerror or error}") from None
         self._values = torch.frombuffer(self._map, dtype=dtype).view(shape)
+
+    @staticmethod
+    def on_disk(count: int, length: int, d: int, dtype: torch.dtype, budget: int) -> int:
+        """Bytes of the file that such ones have."""
+        size = count * length * d * dtype.itemsize
+        return size if size > budget else 0
 
     def __len__(self) -> int:
         return len(self._values)

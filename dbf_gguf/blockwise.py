@@ -31,6 +31,7 @@ are joined a group is a single one.
 """
 
 import contextlib
+import math
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -55,6 +56,12 @@ MEMORY_BYTES = 1 << 28  # of each stream, before it is kept in a file
 # the module whose input a linear's output is added to; None: the block's input
 RESIDUAL = {"o_proj": None, "down_proj": MIDDLE}
 TOKEN_CAP = 100.0  # times the median energy of a token's input; a token above it counts as if it had that much
+
+
+def disk_bytes(count: int, length: int, d: int, dtype: torch.dtype) -> int:
+    """What the streams of `count` windows of `length` tokens keep in the work folder; d, dtype: of hidden states."""
+    processes = parallel.count()
+    return 2 * processes * Activations.on_disk(math.ceil(count / processes), length, d, dtype, MEMORY_BYTES)
 
 
 class _Reached(Exception):

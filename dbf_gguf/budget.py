@@ -127,8 +127,9 @@ def bits_per_weight(shapes: Mapping[str, tuple[int, int]], ks: Mapping[str, int]
 def bits_for_size(shapes: Mapping[str, tuple[int, int]], size: int, smallest: int, least: Mapping[str, int]) -> float:
     """Bits a weight with which a file has `size` bytes, which has `smallest` bytes with the widths `least`.
 
-    Rounded down to 1e-4 bit, so that it is a number that can be told and typed.
+    Rounded down to 1e-4 bit, so that it is a number that can be told and typed; no fewer than `least` comes to before
+    it is rounded to whole channels.
     """
     stored = sum(linear_bits(*shapes[name], k) for name, k in least.items())
     weights = sum(n_out * n_in for n_out, n_in in shapes.values())
-    return math.floor(1e4 * (stored + 8 * (size - smallest)) / weights) / 1e4
+    return max(MIN_BITS, math.floor(1e4 * (stored + 8 * (size - smallest)) / weights) / 1e4)

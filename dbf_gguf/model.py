@@ -7,6 +7,7 @@ Where products are looked up (`lookup`), int8 does.
 `join_linears` makes one linear of some that read the same input, before anything else is done (`join`).
 """
 
+import json
 import re
 import threading
 from collections.abc import Callable
@@ -136,12 +137,19 @@ def load_dense(folder: Path, dtype: torch.dtype = torch.float32, device: str = "
         )
     if report["missing_keys"]:  # transformers would go on with random ones
         raise DBFError(f"{folder} has no weight {sorted(report['missing_keys'])[0]}: it is incomplete")
-    for module in model.modules():  # gradient checkpointing needs the training mode, in which dropout would be random
-        if hasattr(module, "attention_dropout"):
-            module.attention_dropout = 0.0
+    stop_dropout(model)  # gradient checkpointing needs the training mode, in which it would be random
     join_linears(model, join)
     model.requires_grad_(False)
     return model.eval().to(device)
+
+
+def stop_dropout(model: nn.Module) -> None:
+    """Lets a model compute the same in training mode as in eval mode."""
+    for module in model.modules():
+        if hasattr(module, "attention_dropout"):
+            module.attention_dropout = 0.0
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
 
 
 @contextmanager
@@ -174,16 +182,46 @@ def linear_shapes(folder: Path, join: str = NONE) -> dict[str, tuple[int, int]]:
 
     Raises DBFError when transformers refuses the config.
     """
-    with one_line(folder), torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder, local_files_only=True))
+    model = _skeleton(folder)
     join_linears(model, join)
     return {name: tuple(module.weight.shape) for name, module in block_linears(model).items()}
 
 
+def _skeleton(folder: Path):
+    """The model that config.json describes, on the meta device: shapes without values."""
+    with one_line(folder), torch.device("meta"):
+        return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder, local_files_only=True))
+
+
+def check_weights(folder: Path, files: dict[str, Path]) -> dict[str, tuple[int, ...]]:
+    """Shapes of all parameters of the model in `folder`, whose `weight_files` are `files`.
+
+    Raises DBFError when one of them is not there, or in another shape than config.json says.
+    """
+    wanted = {name: tuple(parameter.shape) for name, parameter in _skeleton(folder).named_parameters()}
+    stored = {}
+    for path in sorted(set(files.values())):
+        with safe_open(str(path), "pt") as f:
+            stored |= {name: tuple(f.get_slice(name).get_shape()) for name in f.keys()}  # noqa: SIM118, no mapping
+    for name, shape in wanted.items():
+        if name not in stored:
+            raise DBFError(f"{folder.name} has no weight {name}: its safetensors are incomplete")
+        if stored[name] != shape:
+            raise DBFError(f"{folder.name}: {name} is {list(stored[name])}, config.json makes it {list(shape)}")
+    return wanted
+
+
 def weight_files(folder: Path) -> dict[str, Path]:
-    """The safetensors file that holds each tensor of a Hugging Face folder. Raises DBFError for a damaged one."""
+    """The safetensors file that holds each tensor of a Hugging Face folder, of those that transformers would read.
+
+    Raises DBFError for a damaged one; one that is not there is left out.
+    """
+    whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    paths = [whole]
+    if not whole.exists() and index.exists():
+        paths = sorted({folder / name for name in json.loads(index.read_text())["weight_map"].values()})
     found = {}
-    for path in sorted(folder.glob("*.safetensors")):
+    for path in filter(Path.exists, paths):
         try:
             with safe_open(str(path), "pt") as f:
                 found |= dict.fromkeys(f.keys(), path)

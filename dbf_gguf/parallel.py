@@ -74,6 +74,11 @@ def _join() -> None:
         return
     import torch.distributed as dist
 
+    if os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]) != os.environ["WORLD_SIZE"]:
+        raise DBFError("the processes are on several machines, which is not supported: start all of them on one")
+    local = int(os.environ["LOCAL_RANK"])
+    if torch.cuda.is_available() and local < torch.cuda.device_count():
+        torch.cuda.set_device(local)  # "cuda" is a GPU of this process' own from here on
     # gloo for what is on the CPU, which includes all exchange of objects
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     _store, _rank, _count = next(dist.rendezvous("env://", timeout=PATIENCE))

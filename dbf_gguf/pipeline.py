@@ -3,7 +3,7 @@
     prepare -> importance -> budget -> factorization -> tuning -> GGUF -> evaluation
 
 The file is written and evaluated anew every time. All that can be refused is refused before anything large is computed.
-The settings are recorded in the work folder, and a folder is never continued under other ones.
+The settings are recorded in the work folder: what was begun under some is not continued under others.
 
 Several processes (`parallel`) do the stages up to the tuning together; the first alone does all before and after them.
 """
@@ -149,7 +149,6 @@ class Job:
         work, source = self.work, self.given.source
         given, begun = self.given, work.has(FINAL) or work.has(distill.SNAPSHOT)
         settings, tuning, machine = given.claims(), given.tuning_claims(), given.machine_claims()
-        self.claimed = settings | tuning | machine
         stages = {"convert": settings | {"model": source.origin, "weights": given.weights}, "tuning": tuning}
         if not self._compressed():
             stages["machine"] = machine
@@ -161,6 +160,11 @@ class Job:
             if recorded.pop("tuning", tuning) != tuning:
                 work.manifest.pop("tuning", None)  # the steps that the minutes came to
         work.claim(stages, f"; to tune anew, delete {distill.SNAPSHOT} and {FINAL} in it" if begun else "")
+        # of each stage the machine that it ran on, which need not be this one
+        recorded = work.manifest["settings"]
+        self.claimed = settings | tuning | recorded["machine"]
+        if self.settings.tune != "none" and recorded["tuning machine"] != recorded["machine"]:
+            self.claimed["tuning_machine"] = recorded["tuning machine"]
         amounts = {name: list(each) for name, each in self.given.amounts.items()}
         path = Path(model).expanduser()
         local = source.recipe is None and path.exists()
@@ -215,7 +219,7 @@ class Job:
     def _measure_effects(self) -> None:
         path, how = self.work.path / BUDGET, self.settings.compressed
         self.curves = parallel.from_main(
-            lambda: sensitivity.read(path, self.given.weights, how) if path.exists() else {}
+            lambda: sensitivity.read(path, self.given.weights, how, own=True) if path.exists() else {}
         )
         if self.curves.keys() == self.shapes.keys():
             self.screen.line("budget: measured before")

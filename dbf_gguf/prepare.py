@@ -12,17 +12,17 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 
-from . import calibration, distill, parallel, sensitivity
+from . import blockwise, calibration, distill, parallel, sensitivity
+from .blocks import EMBEDDING, HEAD
 from .budget import MAX_BITS, MIN_BITS, bits_for_size, linear_bits, uniform_budget
 from .checkpoint import read_metadata, read_tensors
 from .errors import DBFError
 from .fetch import sha256_of
 from .gguf_writer import check_convertible, check_types, planned_size
-from .join import NONE, effective, stored_names
+from .join import NONE, effective
 from .llama_cpp import source_tree
-from .model import linear_shapes, weight_files
+from .model import check_weights, linear_shapes, training_dtype, weight_files
 from .screen import Screen
 from .source import ModelSource, check_model_dir, context_length
 
@@ -134,16 +134,13 @@ def prepare(source: ModelSource, settings: Settings, output: Path, work_dir: Pat
     """
     s, folder = settings, source.folder
     config = check_model_dir(folder, source.gguf)
-    check_types(s.embedding_type, s.output_type, config.get("hidden_size", 0), bool(config.get("tie_word_embeddings")))
     shapes, files = linear_shapes(folder, s.join), weight_files(folder)
+    parameters = check_weights(folder, files)
+    check_types(s.embedding_type, s.output_type, parameters[EMBEDDING][1], HEAD not in parameters)
     joined = effective(s.join, shapes, files)
     if joined != s.join:
         screen.line(f"join             {joined}: {config.get('model_type')} has the rest as one linear already")
         s = replace(s, join=joined)
-    parts = [part for name in shapes for part in stored_names(f"{name}.weight", files)]
-    missing = [part for part in parts if part not in files]
-    if missing:
-        raise DBFError(f"{source.name} has no weight {missing[0]}: its safetensors are incomplete")
     context = context_length(folder)
     for option, length in (("--seq-len", s.seq_len), ("--tune-seq-len", s.tune_seq_len)):
         if length > context:
@@ -157,9 +154,7 @@ def prepare(source: ModelSource, settings: Settings, output: Path, work_dir: Pat
     if s.size is not None:
         s = replace(s, bits=_bits_for_size(source, s, shapes, tree))
         screen.line(f"bits             {s.bits:.4f}, for a file of {s.size:,} bytes")
-    measured = s.budget != "adaptive" or (work_dir / BUDGET).exists()
-    effects = 0 if measured else sensitivity.disk_bytes(shapes, config["hidden_size"])
-    _check_disk(shapes, files, s.bits, effects, output, work_dir)
+    _check_disk(shapes, parameters, s, output, work_dir)
     tokenizer = _load_tokenizer(source)
     path = Path(s.calib).expanduser()
     calib = _named_by_content(path) if path.is_file() else s.calib
@@ -234,18 +229,26 @@ def _bits_for_size(source: ModelSource, settings: Settings, shapes: dict, tree: 
     return bits
 
 
-def _check_disk(shapes: dict, files: dict[str, Path], bits: float, effects: int, output: Path, work_dir: Path) -> None:
-    """Raises DBFError where the results would not fit, or the places cannot be written.
-
-    effects: bytes that the work folder has to hold before there are linears.
-    """
-    budget = uniform_budget(shapes, bits)
+def _check_disk(shapes: dict, parameters: dict, settings: Settings, output: Path, work_dir: Path) -> None:
+    """Raises DBFError where results and what is kept on the way would not fit, or the places cannot be written."""
+    s, budget = settings, uniform_budget(shapes, settings.bits)
     linears = sum(linear_bits(*shapes[name], k) // 8 for name, k in budget.items())
-    dense = 2 * (sum(map(_elements, set(files.values()))) - sum(a * b for a, b in shapes.values()))
+    dense = 2 * (sum(map(math.prod, parameters.values())) - sum(a * b for a, b in shapes.values()))
     done = sum(path.stat().st_size for path in work_dir.rglob("*") if path.is_file()) if work_dir.is_dir() else 0
     needs: dict[int, list] = {}  # by disk
     scales = sum(n_out + n_in + budget[name] for name, (n_out, n_in) in shapes.items())
-    for folder, size in ((output.parent, linears + dense), (work_dir, max(effects, linears + 40 * scales) - done)):
+    d, dtype, amounts = parameters[EMBEDDING][1], training_dtype(s.device), _amounts(s)
+    effects = blocks = 0
+    if s.budget == "adaptive" and not (work_dir / BUDGET).exists():
+        length, count = amounts["calibration"]
+        effects = sensitivity.disk_bytes(shapes, count, length, d, dtype, s.metric)
+    copies = 2 if s.blocks == "signs" else 1  # of the signs: a linear's and its block's
+    if "blocks" in amounts:
+        length, count = amounts["blocks"]
+        blocks = copies * linears + blockwise.disk_bytes(count, length, d, dtype)
+    # a snapshot has the signs of now and of the best state, and stands until the next one is complete
+    tuning = (copies + (4 if s.tune == "signs" else 0)) * linears + 40 * scales
+    for folder, size in ((output.parent, linears + dense), (work_dir, max(effects, blocks, tuning) - done)):
         place = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
         if not place.is_dir() or not os.access(place, os.W_OK):
             raise DBFError(f"cannot write to {folder}: {place} is {'not writable' if place.is_dir() else 'a file'}")
@@ -316,12 +319,6 @@ def _evaluation_windows(tokenizer, count: int, bos: int | None) -> torch.Tensor:
     except DBFError as error:
         raise DBFError(f"{error}; --eval-windows 0 does without the evaluation text") from None
     return calibration.evaluation_windows(tokenizer, text, EVALUATION_LENGTH, count, bos)
-
-
-def _elements(path: Path) -> int:
-    """Weights in a safetensors file."""
-    with safe_open(str(path), "pt") as f:
-        return sum(math.prod(f.get_slice(name).get_shape()) for name in f.keys())  # noqa: SIM118, it is no mapping
 
 
 def _fingerprint(files: dict[str, Path]) -> str:

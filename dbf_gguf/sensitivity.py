@@ -162,11 +162,22 @@ def measure(
     return {name: ((k_0, effects[name] / FALL), (k_1, effects[name])) for name, (k_0, k_1) in widths.items()}
 
 
-def disk_bytes(shapes: dict[str, tuple[int, int]], width: int) -> int:
-    """What `measure` keeps in its folder at most, of a model whose hidden states have `width` elements."""
+def disk_bytes(
+    shapes: dict[str, tuple[int, int]], count: int, length: int, d: int, dtype: torch.dtype, metric: bool
+) -> int:
+    """What `measure` keeps in its folder at most, with `count` windows of `length` tokens.
+
+    d, dtype    of the model's hidden states
+    metric      as for `measure`
+    """
     widths = uniform_budget(shapes, CURVE_BITS[1])
     factors = sum(linear_bits(*shapes[name], k) // 8 for name, k in widths.items())
-    return factors + 4 * len(shapes) * TOKENS * width
+    short, processes = min(LENGTH, length), parallel.count()
+    linears, windows = math.ceil(len(shapes) / processes), min(count, math.ceil(TOKENS / short))
+    states = Activations.on_disk(linears * windows, short, d, dtype, STATE_BYTES)
+    if metric:
+        states += Activations.on_disk(math.ceil(count / processes), length, d, dtype, MEMORY_BYTES)
+    return factors + processes * states
 
 
 def clean(folder: Path) -> None:
@@ -256,8 +267,8 @@ def write(path: Path, weights: str, compressed: str, curves: dict[str, Curve], *
     write_atomically(path, lambda part: part.write_text(text))
 
 
-def read(path: Path, weights: str, compressed: str) -> dict[str, Curve]:
-    """The curves stored in `path`.
+def read(path: Path, weights: str, compressed: str, own: bool = False) -> dict[str, Curve]:
+    """The curves stored in `path`; `own`: in the work folder that they are read for.
 
     Raises DBFError when it is no such file, or was measured on a model with other weights, or on linears that were
     not `compressed` so.
@@ -273,7 +284,8 @@ def read(path: Path, weights: str, compressed: str) -> dict[str, Curve]:
     except OSError as error:
         raise DBFError(f"{path} cannot be read: {error.strerror}") from None
     except (ValueError, TypeError, KeyError, AttributeError, OverflowError):
-        raise DBFError(f"{path} is no budget: give uniform, adaptive, or a work folder's budget.json") from None
+        other = "give uniform, adaptive, or a work folder's budget.json"
+        raise DBFError(f"{path} is no budget: {'delete it, and it is measured anew' if own else other}") from None
     if found != weights:
         raise DBFError(f"{path} was measured on another model: --budget adaptive measures this one")
     if how != COMPRESSED[compressed]:

@@ -50,6 +50,10 @@ HUB_IGNORED = ["*/*", "consolidated*"]  # other formats of the same weights
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json")
 EXPERT_KEYS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+# what is read here of a config.json; all else is transformers' to check
+CONFIG_TYPES = dict.fromkeys(("text_config", "rope_scaling", "rope_parameters"), dict)
+CONFIG_TYPES |= dict.fromkeys(("max_position_embeddings", "sliding_window", "max_window_layers"), int)
+CONFIG_TYPES |= dict.fromkeys(("num_hidden_layers", *EXPERT_KEYS), int)
 
 # llama.cpp's patterns (src/llama-vocab.cpp), by the names in `tokenizer.ggml.pre`. Byte-level BPE follows each.
 _CONTRACTIONS = r"(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])"
@@ -113,7 +117,9 @@ def resolve(model: str) -> ModelSource:
 def check_config(config: dict, what: str) -> None:
     """Raises DBFError when a model with this config.json cannot be compressed. `what` names it in the message."""
     kind = config.get("model_type")
+    _check_types(config, what)
     text = config | (config.get("text_config") or {})
+    _check_types(text, what)
     if any((text.get(key) or 0) > 1 for key in EXPERT_KEYS):
         raise DBFError(f"{what} is a mixture of experts ({kind}), which is not supported: choose a dense model")
     if kind not in SUPPORTED:
@@ -122,6 +128,13 @@ def check_config(config: dict, what: str) -> None:
         method = quantization.get("quant_method", "unknown method") if isinstance(quantization, dict) else "?"
         raise DBFError(f"{what} is already quantized ({method}): start from the original weights")
     _check_variant(config, kind, what)
+
+
+def _check_types(config: dict, what: str) -> None:
+    for key, wanted in CONFIG_TYPES.items():
+        if (value := config.get(key)) is not None and type(value) is not wanted:
+            known = {dict: "object", int: "integer"}[wanted]
+            raise DBFError(f"{what}: {key} of its config.json is {json.dumps(value)}, which is no {known}")
 
 
 def _check_variant(config: dict, kind: str, what: str) -> None:
@@ -159,7 +172,7 @@ def context_length(folder: Path) -> int:
     """
     config = _read_json(folder / "config.json", folder.name) or {}
     config |= config.get("text_config") or {}
-    length, rope = config.get("max_position_embeddings", 2048), _rope(config)
+    length, rope = config.get("max_position_embeddings") or 2048, _rope(config)
     if rope["rope_type"] == "longrope":
         original = rope.get("original_max_position_embeddings", config.get("original_max_position_embeddings"))
         length = min(length, original or 4096)  # transformers' own default
@@ -202,7 +215,10 @@ def check_folder(folder: Path, what: str) -> None:
         raise DBFError(f"{what} has no weights in safetensors format")
     index = _read_json(folder / "model.safetensors.index.json", what)
     if index is not None:
-        wanted = sorted(set(index.get("weight_map", {}).values()))
+        shards = index.get("weight_map")
+        if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
+            raise DBFError(f"{what}: model.safetensors.index.json does not say in which files the weights are")
+        wanted = sorted(set(shards.values()))
         missing = [name for name in wanted if not (folder / name).exists()]
         if missing:
             raise DBFError(f"{what} is incomplete: {missing[0]} is missing ({len(missing)} of {len(wanted)} shards)")

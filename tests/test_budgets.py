@@ -1,5 +1,7 @@
 """The widths that bench/budgets.py reads off channel scores. Run alone: pytest tests/test_budgets.py"""
 
+import sys
+
 import budgets
 import pytest
 import torch
@@ -32,3 +34,19 @@ def test_no_linear_goes_below_the_floor(floor):
     assert sum(found.values()) == sum(uniform_budget(shapes, 2.0).values())
     assert all(linear_bits(512, 512, k) >= floor * 2.0 * 512 * 512 for k in found.values())
     assert all(found[name] <= more[name] for name in shapes) and found["a"] > found["d"]
+
+
+@pytest.mark.parametrize("arguments", [["--floor", "1.2"], ["--floor", "nan"], ["--above", "0"]])
+def test_wrong_arguments(arguments, monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "argv", ["budgets.py", "tiny", "--out", str(tmp_path / "out"), *arguments])
+    with pytest.raises(SystemExit) as end:
+        budgets.main()
+    assert end.value.code == 2 and not (tmp_path / "out").exists()
+
+
+def test_given_widths_are_refused_in_one_line(monkeypatch, tmp_path, capsys):
+    (tmp_path / "widths.json").write_text("{}")
+    monkeypatch.setattr(sys, "argv", [])
+    with pytest.raises(SystemExit) as end:
+        budgets.convert_with(tmp_path / "widths.json", [str(tmp_path / "no-model")])
+    assert end.value.code == 1 and capsys.readouterr().err.count("\n") == 1

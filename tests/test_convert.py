@@ -226,6 +226,14 @@ def test_killed_up_to_ten_times_and_resumed_ends_in_the_same_file(converted, mod
     assert output.read_bytes() == converted[0].read_bytes()
 
 
+def test_the_file_tells_the_machine_that_it_was_made_on(converted, model, text, tmp_path, monkeypatch, capsys):
+    """Written anew by other threads it is the same file."""
+    arguments = ["--calib", text, "-o", tmp_path / "again.gguf", "--work", converted[1], *OPTIONS, "--threads", "1"]
+    monkeypatch.setattr(sys, "argv", ["dbf-gguf", "convert", *map(str, [model, *arguments])])
+    cli.main()
+    assert (tmp_path / "again.gguf").read_bytes() == converted[0].read_bytes()
+
+
 def test_a_begun_folder_is_not_overwritten_unasked(converted, model, text, monkeypatch, capsys):
     output, folder, _ = converted
     before = output.read_bytes()
@@ -315,13 +323,30 @@ def drop(*names: str):
     return lambda folder: [(folder / name).unlink() for name in names]
 
 
+def other_width(folder: Path, width: int) -> None:
+    import transformers
+
+    config = transformers.AutoConfig.from_pretrained(folder)
+    config.hidden_size = width
+    config.head_dim = 16
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+
+
+def drop_tensor(folder: Path, name: str) -> None:
+    path = folder / "model.safetensors"
+    tensors = {key: value.clone() for key, value in load_file(path).items() if key != name}
+    save_file(tensors, path, {"format": "pt"})
+
+
 BAD_MODELS = {
     "tokenizer": (drop("tokenizer.model", "tokenizer_config.json"), "no tokenizer"),
     "experts": (lambda folder: change_config(folder, model_type="mixtral", num_local_experts=8), "mixture of experts"),
     "architecture": (lambda folder: change_config(folder, model_type="gpt_neox"), "gpt_neox is not supported"),
     "weights": (drop("model.safetensors"), "no weights in safetensors"),
     "config": (drop("config.json"), "no config.json"),
-    "width": (lambda folder: change_config(folder, hidden_size=80, head_dim=16), "multiple of 32"),
+    "width": (lambda folder: other_width(folder, 80), "multiple of 32"),
+    "shapes": (lambda folder: change_config(folder, hidden_size=96), "config.json makes it [288, 96]"),
+    "norm": (lambda folder: drop_tensor(folder, "model.norm.weight"), "has no weight model.norm.weight"),
     "cut": (lambda f: os.truncate(f / "model.safetensors", 5000), "safetensors"),
 }
 
@@ -354,6 +379,7 @@ def test_bad_models(kind, model, text, tmp_path, monkeypatch, capsys):
         (["--tune-tokens", "999999", "--calib", "FEW"], "too short to tune on"),
         (["--blocks", "signs", "--block-tokens", "64"], "too little to tune blocks on: 1 windows of 64 tokens"),
         (["--tune-minutes", "nan"], "must be finite"),
+        (["--block-lr", "nan"], "--block-lr must be finite"),
         (["--size", "1MiB"], "--bits and --size"),
         (["--budget", "none.json"], "none.json cannot be read"),
         (["--budget", "SHORT"], "is no budget"),
@@ -457,6 +483,43 @@ def test_a_disk_too_small_is_refused_beforehand(model, text, tmp_path, monkeypat
     error = fails(monkeypatch, capsys, "convert", model, "--calib", text, "-o", output, *OPTIONS)
     assert "is too full" in error
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("more", [["--blocks", "signs"], ["--tune", "signs"], ["--budget", "adaptive"], ["STREAMS"]])
+def test_what_is_kept_on_the_way_is_counted(more, model, text, tmp_path, monkeypatch, capsys):
+    """A disk on which the plain way would just fit is too small for these."""
+    real, free = prepare.shutil.disk_usage, 0
+    monkeypatch.setattr(prepare.shutil, "disk_usage", lambda path: type(real(path))(1 << 30, (1 << 30) - free, free))
+    arguments = ["convert", model, "--calib", text, "-o", tmp_path / "out.gguf", *OPTIONS, "--bits", "4"]
+
+    class Passed(Exception):
+        pass
+
+    def passed(*given):
+        raise Passed
+
+    def fits(*options) -> bool:
+        monkeypatch.setattr(sys, "argv", ["dbf-gguf", *map(str, arguments), *options])
+        with pytest.raises((Passed, SystemExit)) as end:
+            cli.main()
+        assert end.type is Passed or "is too full" in capsys.readouterr().err
+        return end.type is Passed
+
+    monkeypatch.setattr(prepare, "_load_tokenizer", passed)  # what comes next
+    low, free = 0, 1 << 30
+    while free - low > 1000:
+        middle = (low + free) // 2
+        free, kept = middle, free
+        if not fits():
+            low, free = middle, kept
+    assert fits()
+    if more == ["STREAMS"]:
+        for module in (prepare.blockwise, prepare.sensitivity):
+            monkeypatch.setattr(module, "MEMORY_BYTES", 0)
+        more = []
+    elif more == ["--budget", "adaptive"]:
+        monkeypatch.setattr(prepare.sensitivity, "STATE_BYTES", 0)
+    assert not fits(*more)
 
 
 def test_weights_that_are_not_finite(model, text, tmp_path, monkeypatch, capsys):
@@ -617,7 +680,10 @@ def test_size_is_hit(embedding_type, size, model, text, tmp_path, monkeypatch, c
 
 @pytest.mark.parametrize(
     "size, message",
-    [("10KB", "at least"), ("1GiB", "even at 6 bits a weight"), ("much", "like 1.9GiB"), ("0MB", "like 1.9GiB")],
+    [
+        *[("10KB", "at least"), ("1GiB", "even at 6 bits a weight"), ("much", "like 1.9GiB"), ("0MB", "like 1.9GiB")],
+        ("1" * 400, "like 1.9GiB"),
+    ],
 )
 def test_sizes_that_cannot_be(size, message, model, text, tmp_path, monkeypatch, capsys):
     without_bits = OPTIONS[2:]
@@ -664,6 +730,11 @@ def test_adaptive_budget(model, text, tmp_path, monkeypatch, capsys, patched_tre
     assert ks != budget.uniform_budget(shapes, 3.0)
 
     assert not (whole.path / "effects").exists()
+    (whole.path / "budget.json").write_text("{}")
+    with pytest.raises(SystemExit):
+        convert_here(monkeypatch, capsys, *arguments, "whole.gguf", "--resume")
+    assert "budget.json is no budget: delete it, and it is measured anew" in capsys.readouterr().err
+    (whole.path / "budget.json").write_text(json.dumps(stored))
     with monkeypatch.context() as patch:  # gone on with by a version that comes to other widths
         patch.setattr(budget, "DEPTH", 3.0)
         with pytest.raises(SystemExit):

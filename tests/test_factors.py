@@ -272,6 +272,16 @@ def test_bits_for_a_size():
     assert 0 <= counted_bits(SMOLLM2, wanted) - found < 1.01e-4
 
 
+@pytest.mark.parametrize("d, ff, kv, blocks", [(4096, 11008, 4096, 32), (4096, 14336, 1024, 32), (2048, 5632, 256, 22)])
+def test_the_smallest_file_needs_the_fewest_bits(d, ff, kv, blocks):
+    """Whole channels come to a little less than MIN_BITS in Llama 2 7B, Llama 3 8B and TinyLlama."""
+    block = {"qkv": (d + 2 * kv, d), "o": (d, d), "gate_up": (2 * ff, d), "down": (d, ff)}
+    shapes = {f"{i}.{name}": shape for i in range(blocks) for name, shape in block.items()}
+    least = uniform_budget(shapes, MIN_BITS)
+    assert counted_bits(shapes, least) < MIN_BITS
+    assert uniform_budget(shapes, bits_for_size(shapes, 1000, 1000, least)) == least
+
+
 # --- work folder
 
 

@@ -5,6 +5,7 @@ Run alone: pytest tests/test_large.py     (a minute; nothing is downloaded)
 
 import json
 import platform
+import re
 import subprocess
 import sys
 
@@ -49,6 +50,8 @@ def test_both_conversions_and_the_bars(small, monkeypatch, capsys, tmp_path):
     assert all(2e8 < result["peak"] < 3e9 and 0 < result["anonymous"] < result["peak"] for result in (one, two))
     for shape in ("192x64", "64x64", "64x96"):
         assert any(line.split()[:1] == [shape] for line in printed.splitlines()), shape
+    for stage in ("all linears", "effects, linears", "importance", "effects, passages", "blocks, passages", "tuning"):
+        assert re.search(rf"^{stage}\b.* \d+(\.\d)? h .*predicted \d+ min", printed, re.M), stage
 
     # what was measured is not measured again, and the bars are bars
     monkeypatch.setattr(large.subprocess, "Popen", None)

@@ -298,6 +298,14 @@ def test_every_process_has_a_gpu_of_its_own(monkeypatch):
         parallel.own_device("cuda")
 
 
+def test_several_machines_are_refused(monkeypatch):
+    values = {"RANK": 0, "WORLD_SIZE": 4, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 2, "MASTER_ADDR": "x", "MASTER_PORT": 1}
+    for name, value in values.items():
+        monkeypatch.setenv(name, str(value))
+    with pytest.raises(DBFError, match="on several machines"), parallel.together():
+        pass
+
+
 def fault(*_, **__):
     raise ValueError("a fault of the test")
 

@@ -245,6 +245,8 @@ def test_local_folder(tmp_path, monkeypatch):
         found = source.resolve(str(tmp_path / name))
         assert (found.name, found.origin, found.gguf, found.recipe) == (name, name, None, None)
         assert found.folder == tmp_path / name
+    write_folder(tmp_path / "null", config=CONFIG | {"max_position_embeddings": None})
+    assert source.context_length(source.resolve(str(tmp_path / "null")).folder) == 2048
     monkeypatch.chdir(tmp_path / "plain")
     assert source.resolve(".").origin == "plain"
 
@@ -270,6 +272,10 @@ def test_local_folder(tmp_path, monkeypatch):
         ),
         ({"config": CONFIG | {"model_type": "qwen3_moe", "num_experts": 128}}, "{} is a mixture of experts"),
         ({"config": CONFIG | {"quantization_config": {"quant_method": "gptq"}}}, "{} is already quantized (gptq)"),
+        ({"config": CONFIG | {"rope_scaling": "linear"}}, '{}: rope_scaling of its config.json is "linear", which'),
+        ({"config": CONFIG | {"text_config": "x"}}, '{}: text_config of its config.json is "x", which is no object'),
+        ({"config": CONFIG | {"num_experts": "8"}}, '{}: num_experts of its config.json is "8", which is no integer'),
+        ({"index": ["w"]}, "{}: model.safetensors.index.json does not say in which files the weights are"),
     ],
 )
 def test_bad_folder(tmp_path, options, message):

@@ -7,6 +7,7 @@ The models are tiny and random: what is compared is arithmetic and bookkeeping, 
 import copy
 import math
 import re
+import shutil
 import tempfile
 import threading
 from pathlib import Path
@@ -34,6 +35,7 @@ from dbf_gguf.model import (
     DBFLinear,
     apply_work,
     block_linears,
+    check_weights,
     checkpointing,
     linear_shapes,
     load_dense,
@@ -567,6 +569,29 @@ def test_weight_files(shard, tmp_path):
     assert (len(set(files.values())) > 1) == (shard == "60KB")
     assert files.keys() == model.state_dict().keys()
     assert all(load_file(path)[name].equal(model.state_dict()[name]) for name, path in files.items())
+
+
+def test_weight_files_are_those_that_transformers_reads(tmp_path):
+    saved("llama-tied", tmp_path)
+    whole = weight_files(tmp_path)
+    shutil.copy(tmp_path / "model.safetensors", tmp_path / "consolidated.safetensors")  # Mistral's own format
+    assert weight_files(tmp_path) == whole and len(set(whole.values())) == 1
+
+
+def test_check_weights(tmp_path):
+    model = saved("llama-untied", tmp_path)
+    shapes = check_weights(tmp_path, weight_files(tmp_path))
+    assert shapes == {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    tensors = load_file(tmp_path / "model.safetensors")
+    for name in ("lm_head.weight", "model.norm.weight", "model.layers.1.input_layernorm.weight"):
+        save_file({n: t for n, t in tensors.items() if n != name}, tmp_path / "model.safetensors", {"format": "pt"})
+        with pytest.raises(DBFError, match=f"has no weight {name}: its safetensors are incomplete") as error:
+            check_weights(tmp_path, weight_files(tmp_path))
+        one_line(error)
+    wrong = tensors | {"model.norm.weight": torch.ones(HIDDEN + 1)}
+    save_file(wrong, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(DBFError, match=rf"model.norm.weight is \[{HIDDEN + 1}\], config.json makes it \[{HIDDEN}\]"):
+        check_weights(tmp_path, weight_files(tmp_path))
 
 
 @pytest.mark.parametrize("kind", ["llama-tied", "llama-untied"])
@@ -1267,7 +1292,7 @@ def measured(
     model, windows, workers: int = 1, metric: bool = False, tensors: dict | None = None, work: Path | None = None
 ) -> dict:
     shapes = {name: tuple(linear.weight.shape) for name, linear in block_linears(model).items()}
-    tensors = tensors or importance_of(model, windows)
+    tensors = importance_of(model, windows) if tensors is None else tensors or None
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         options = {"metric": metric, "workers": workers, "seed": 0}
@@ -1310,6 +1335,25 @@ def test_effect_is_the_kl_of_one_compressed_linear(kind, metric, tmp_path):
         errors = [(weight - found.dense()) * by_row for found in (kept.factors(name), again)]
         first, second = (((error @ moment) * error).sum().item() for error in errors)
         assert first == pytest.approx(second, rel=0.05 if metric else 1e-3)
+
+
+def test_effects_without_importance(tmp_path):
+    """The factors are those of all rows and columns counting alike."""
+    model, windows = tiny("llama-tied"), ids(4, 50)
+    curves = measured(model, windows, tensors={}, work=tmp_path)
+    assert curves != measured(model, windows)
+    name = "model.layers.1.mlp.up_proj"
+    weight = block_linears(model)[name].weight
+    (wanted,), _ = factorize(weight[None], curves[name][1][0], iterations=sensitivity.ITERATIONS)
+    assert torch.allclose(WorkFolder.open(tmp_path).factors(name).dense(), wanted.dense(), atol=1e-5)
+
+
+def test_effects_that_are_not_finite(monkeypatch):
+    model, windows = tiny("llama-tied"), ids(4, 50)
+    monkeypatch.setattr(sensitivity, "kl_of_logs", lambda *given, **more: math.nan)
+    with pytest.raises(DBFError, match="output is not finite") as error:
+        measured(model, windows)
+    one_line(error)
 
 
 def test_effects_of_several_workers_and_of_an_interrupted_run(tmp_path, monkeypatch):

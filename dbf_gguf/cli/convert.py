@@ -185,7 +185,7 @@ UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**2
 def parse_size(text: str) -> int:
     """Bytes of "1.9GiB", "700 MB" or "123456789"; case does not matter. Raises DBFError for anything else."""
     found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) *([KMG]I?B|)B?", text.strip().upper())
-    if not found or float(found[1]) == 0:
+    if not found or not 0 < float(found[1]) < math.inf:
         raise DBFError(f"--size {text} is no size: give it like 1.9GiB, 700MB, or as plain bytes")
     return round(float(found[1]) * UNITS[found[2]])
 
@@ -220,6 +220,9 @@ def resolve_settings(source, device: str, options: dict):
     tokens, minutes = options["tune_tokens"], options["tune_minutes"]
     if minutes is not None and not math.isfinite(minutes):
         raise DBFError("--tune-minutes must be finite: --tune none does without tuning")
+    for rate in ("block_lr", "block_sign_lr", "tune_lr", "tune_sign_lr"):
+        if options[rate] is not None and not math.isfinite(options[rate]):
+            raise DBFError(f"--{rate.replace('_', '-')} must be finite")
     if tokens is None and minutes is None:
         tokens, minutes = recipe.tune.get("tune_tokens"), recipe.tune.get("tune_minutes")
         tokens, minutes = (None if x is None else type(x)(x * effort.tune_tokens) for x in (tokens, minutes))
