@@ -193,10 +193,11 @@ def _skeleton(folder: Path):
         return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder, local_files_only=True))
 
 
-def check_weights(folder: Path, files: dict[str, Path]) -> dict[str, tuple[int, ...]]:
+def check_weights(folder: Path, files: dict[str, Path], what: str) -> dict[str, tuple[int, ...]]:
     """Shapes of all parameters of the model in `folder`, whose `weight_files` are `files`.
 
-    Raises DBFError when one of them is not there, or in another shape than config.json says.
+    Raises DBFError, in which the model is called `what`, when one of them is not there, or in another shape than
+    config.json says.
     """
     wanted = {name: tuple(parameter.shape) for name, parameter in _skeleton(folder).named_parameters()}
     stored = {}
@@ -205,9 +206,9 @@ def check_weights(folder: Path, files: dict[str, Path]) -> dict[str, tuple[int, 
             stored |= {name: tuple(f.get_slice(name).get_shape()) for name in f.keys()}  # noqa: SIM118, no mapping
     for name, shape in wanted.items():
         if name not in stored:
-            raise DBFError(f"{folder.name} has no weight {name}: its safetensors are incomplete")
+            raise DBFError(f"{what} has no weight {name}: its safetensors are incomplete")
         if stored[name] != shape:
-            raise DBFError(f"{folder.name}: {name} is {list(stored[name])}, config.json makes it {list(shape)}")
+            raise DBFError(f"{what}: {name} is {list(stored[name])}, config.json makes it {list(shape)}")
     return wanted
 
 

@@ -135,7 +135,7 @@ def prepare(source: ModelSource, settings: Settings, output: Path, work_dir: Pat
     s, folder = settings, source.folder
     config = check_model_dir(folder, source.gguf)
     shapes, files = linear_shapes(folder, s.join), weight_files(folder)
-    parameters = check_weights(folder, files)
+    parameters = check_weights(folder, files, source.name)
     check_types(s.embedding_type, s.output_type, parameters[EMBEDDING][1], HEAD not in parameters)
     joined = effective(s.join, shapes, files)
     if joined != s.join:

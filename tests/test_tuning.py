@@ -580,18 +580,18 @@ def test_weight_files_are_those_that_transformers_reads(tmp_path):
 
 def test_check_weights(tmp_path):
     model = saved("llama-untied", tmp_path)
-    shapes = check_weights(tmp_path, weight_files(tmp_path))
+    shapes = check_weights(tmp_path, weight_files(tmp_path), "tiny")
     assert shapes == {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     tensors = load_file(tmp_path / "model.safetensors")
     for name in ("lm_head.weight", "model.norm.weight", "model.layers.1.input_layernorm.weight"):
         save_file({n: t for n, t in tensors.items() if n != name}, tmp_path / "model.safetensors", {"format": "pt"})
-        with pytest.raises(DBFError, match=f"has no weight {name}: its safetensors are incomplete") as error:
-            check_weights(tmp_path, weight_files(tmp_path))
+        with pytest.raises(DBFError, match=f"tiny has no weight {name}: its safetensors are incomplete") as error:
+            check_weights(tmp_path, weight_files(tmp_path), "tiny")
         one_line(error)
     wrong = tensors | {"model.norm.weight": torch.ones(HIDDEN + 1)}
     save_file(wrong, tmp_path / "model.safetensors", {"format": "pt"})
     with pytest.raises(DBFError, match=rf"model.norm.weight is \[{HIDDEN + 1}\], config.json makes it \[{HIDDEN}\]"):
-        check_weights(tmp_path, weight_files(tmp_path))
+        check_weights(tmp_path, weight_files(tmp_path), "tiny")
 
 
 @pytest.mark.parametrize("kind", ["llama-tied", "llama-untied"])
