@@ -452,7 +452,8 @@ def plot(rows: list[dict], texts: list[str], title: str, path: Path) -> None:
             for row in _measured(rows):
                 y, name = row["figures"][text][key], row["name"]
                 if y is None or y > limit:
-                    y, name = limit, f"{name} ({'not finite' if y is None else f'{y:.2g}'})"
+                    value = "not finite" if y is None else f"{y:,.0f}" if y >= 10 else f"{y:.2g}"
+                    y, name = limit, f"{name} ({value})"
                 if row["kind"] == F16 and key == "ppl":
                     panel.axhline(y, color="grey", linestyle="--", linewidth=1)
                     panel.annotate("F16", (0.995, y), xycoords=("axes fraction", "data"), ha="right", va="bottom")
