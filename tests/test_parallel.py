@@ -37,9 +37,13 @@ OPTIONS = [*OPTIONS, "--threads", "1", "--tune-tokens", "12288"]
 STEPS = 12
 
 
-def launch(*arguments) -> subprocess.Popen:
+TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+ACCELERATE = ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]  # else it starts one
+
+
+def launch(*arguments, launcher=TORCHRUN) -> subprocess.Popen:
     """Two processes that run a module ("-m", name) or a file, with these arguments."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *arguments]
+    command = [sys.executable, "-m", *launcher, *arguments]
     paths = [str(Path(cli.__file__).parents[2]), os.environ.get("PYTHONPATH", "")]
     return subprocess.Popen(
         list(map(str, command)),
@@ -232,6 +236,15 @@ def test_killed_and_resumed_ends_in_the_same_file(pair, model, text, tmp_path): 
     run.communicate()
     assert not output.exists()
     assert "14 of 14 linears done before" in ended(launch(*command))
+    assert output.read_bytes() == pair[0].read_bytes()
+
+
+def test_launched_by_accelerate(pair, model, text, tmp_path):  # noqa: F811
+    """Two processes that know of each other, and go on where torchrun's have been."""
+    output = tmp_path / "tiny.gguf"
+    unfinished(pair, output)
+    run = launch("-m", "dbf_gguf", *converts(model, text, output, "--resume"), launcher=ACCELERATE)
+    assert re.search(r"^processes +2$", ended(run), re.M)
     assert output.read_bytes() == pair[0].read_bytes()
 
 
