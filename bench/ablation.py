@@ -10,8 +10,8 @@ evaluation text. An ingredient that makes no more difference than chance, or tha
 is one without which the result is better. Blocks cannot be tuned where nothing goes block by block, nor signs where
 nothing is distilled: these two arms lack both.
 
-All files go into --out, one work folder an arm; the same command again goes on where it was interrupted. At the end a
-table and --out/ablation.json.
+All files go into --out, one work folder an arm; the same command again goes on where it was interrupted. Effects of
+single linears that would come out the same are measured once. At the end a table and --out/ablation.json.
 """
 
 import argparse
@@ -22,6 +22,7 @@ from pathlib import Path
 from commands import StepFailed, dbf_gguf, heading
 
 from dbf_gguf.join import ALL, NONE
+from dbf_gguf.prepare import BUDGET
 
 FULL = {"--blocks": "signs", "--tune": "signs", "--budget": "adaptive", "--join": ALL}
 CHANCE = "nothing, another seed"
@@ -37,13 +38,18 @@ ARMS = {  # name of what is missing -> options in the place of those of the full
     "adaptive budget": {"--budget": "uniform"},
     "joint linears": {"--join": NONE},
 }
+# arms that change nothing before the blocks are tuned: their linears have the effects that the full one has measured
+SAME_EFFECTS = ("tuning of blocks", "signs in blocks", "any distillation", "signs in distillation")
 
 
 def convert(model: str, missing: str, out: Path, given: list[str]) -> dict:
     """One arm's figures; `given` are the options that all arms share. Raises StepFailed."""
     name = missing.replace(",", "").replace(" ", "-")
     output, work = out / f"{name}.gguf", out / f"{name}-work"
-    options = [item for pair in (FULL | ARMS[missing]).items() for item in pair if item is not None]
+    options = FULL | ARMS[missing]
+    if missing in SAME_EFFECTS:
+        options["--budget"] = out / "nothing-work" / BUDGET
+    options = [item for pair in options.items() for item in pair if item is not None]
     if missing == "any distillation":  # which has no tokens then
         drop = given.index("--tune-tokens")
         given = given[:drop] + given[drop + 2 :]

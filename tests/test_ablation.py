@@ -42,15 +42,16 @@ def test_each_arm_lacks_one_thing(monkeypatch, tmp_path):
     assert ablation.main() == 0 and len(commands) == len(ablation.ARMS)
     common = "convert tiny --bits 1.5 --iterations 60 --block-tokens 65536 --tune-tokens 98304 --eval-windows 32"
     common += " --calib wiki --blocks signs --tune signs --budget adaptive --join qkv,gate_up"
+    same = common.replace("--budget adaptive", f"--budget {tmp_path / 'nothing-work' / 'budget.json'}")
     expected = {
         "nothing": common,
         "nothing-another-seed": f"{common} --seed 1",
         "importance": f"{common} --no-importance",
         "block-by-block-tuning-of-blocks": common.replace("--blocks signs", "--blocks none"),
-        "tuning-of-blocks": common.replace("--blocks signs", "--blocks fit"),
-        "signs-in-blocks": common.replace("--blocks signs", "--blocks scales"),
-        "any-distillation": common.replace(" --tune-tokens 98304", "").replace("--tune signs", "--tune none"),
-        "signs-in-distillation": common.replace("--tune signs", "--tune scales"),
+        "tuning-of-blocks": same.replace("--blocks signs", "--blocks fit"),
+        "signs-in-blocks": same.replace("--blocks signs", "--blocks scales"),
+        "any-distillation": same.replace(" --tune-tokens 98304", "").replace("--tune signs", "--tune none"),
+        "signs-in-distillation": same.replace("--tune signs", "--tune scales"),
         "adaptive-budget": common.replace("--budget adaptive", "--budget uniform"),
         "joint-linears": common.replace("--join qkv,gate_up", "--join none"),
     }
