@@ -249,7 +249,7 @@ def resolve_settings(source, device: str, options: dict):
             "tune_seq_len", min(recipe.tune.get("seq_len", recipe.seq_len), chosen("seq_len", recipe_seq_len))
         ),
         tune_lr=chosen("tune_lr", recipe.tune["lr"]),
-        tune_sign_lr=chosen("tune_sign_lr", 0.1) if tune == "signs" else None,
+        tune_sign_lr=chosen("tune_sign_lr", 5e-3) if tune == "signs" else None,
         embedding_type=chosen("embedding_type", recipe.embedding_type),
         output_type=chosen("output_type", recipe.output_type),
         seed=options["seed"],
