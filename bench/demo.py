@@ -7,6 +7,7 @@ the F16 model's on text that the compression has not seen. Shows every command i
 with status 1 when a step fails or when the compressed model's perplexity is more than twice the F16 one's.
 """
 
+import argparse
 import sys
 import time
 from pathlib import Path
@@ -66,6 +67,7 @@ def demo() -> bool:
 
 
 def main() -> int:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     begin = time.monotonic()
     try:
         good = demo()

@@ -518,10 +518,10 @@ def parse_arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
 
 def main(argv: list[str]) -> int:
     try:
+        arguments, convert_options = parse_arguments(argv)
         missing = [name for name in ("matplotlib", "adjustText") if importlib.util.find_spec(name) is None]
         if missing:
             raise DBFError(f"{' and '.join(missing)} missing: pip install -e '.[bench]'")
-        arguments, convert_options = parse_arguments(argv)
         bench = Bench(arguments, convert_options)
         candidates = bench.candidates()
         for candidate in candidates:

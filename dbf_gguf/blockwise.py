@@ -274,8 +274,9 @@ def compress(
             compressed = model.block(index)
             apply_work(index, compressed, work, model.dtype)
             if not work.has(block_file(index)):
-                last = work.read_tensors("importance.safetensors")[f"{order[-1][-1]}.output"]
-                last = last if tuning.importance else torch.ones_like(last)
+                last = torch.ones(model.config.hidden_size)
+                if tuning.importance:
+                    last = work.read_tensors("importance.safetensors")[f"{order[-1][-1]}.output"]
                 workers = model.workers(windows.shape[1], backward=True)
                 with side_by_side(workers) as pool, lookups(compressed, tuning.lookups):
                     options = {"lr": tuning.lr, "sign_lr": tuning.sign_lr, "seed": tuning.seed}

@@ -36,6 +36,7 @@ FORMAT = 1
 FINAL = "final.safetensors"
 SCALES = ("scale_a", "scale_m", "scale_b")
 SIGNS = ("signs_a", "signs_b")
+UNRECORDED = {"importance": True, "join": NONE, "budget": "uniform", "processes": 1}  # settings that a manifest lacks
 
 
 def block_file(index: int | str) -> str:
@@ -106,12 +107,19 @@ class WorkFolder:
 
     # --- opening
 
+    @staticmethod
+    def check_free(path: Path) -> None:
+        """Raises DBFError when something else than a work folder lies at `path`."""
+        if not path.exists() or (path / "manifest.json").exists():
+            return
+        # a run killed before its first manifest leaves only hidden files
+        if not path.is_dir() or any(not p.name.startswith(".") for p in path.iterdir()):
+            raise DBFError(f"{path} exists and is no work folder: name another with --work")
+
     @classmethod
     def create(cls, path: Path) -> "WorkFolder":
         """A new, empty work folder at `path`. Raises DBFError when something else lies there."""
-        # a run killed before its first manifest leaves only hidden files
-        if path.exists() and (not path.is_dir() or any(not p.name.startswith(".") for p in path.iterdir())):
-            raise DBFError(f"{path} exists and is no work folder: name another with --work")
+        cls.check_free(path)
         work = cls(path, {"format": FORMAT, "tool_version": __version__, "settings": {}, "linears": {}})
         work.save()
         return work
@@ -142,25 +150,26 @@ class WorkFolder:
         """Which linears of the model are joined (`join.CHOICES`): the names in this folder are those after that."""
         return self.manifest["settings"].get("convert", {}).get("join", NONE)
 
-    def claim(self, stages: dict[str, dict], otherwise: str = "") -> None:
+    def claim(self, stages: dict[str, dict], otherwise: dict[str, str | None] | None = None) -> None:
         """Records the settings that each of `stages` runs under, or checks them against those it was begun under.
 
-        otherwise: what the refusal names beside the two ways out that there always are. Raises DBFError that names
-        every setting that changed.
+        otherwise: of some stages, what the refusal names beside the two ways out that there always are, where nothing
+        but settings of these has changed. Raises DBFError that names every setting that changed.
         """
         stages = json.loads(json.dumps(stages))  # tuples become lists, as after reading back
-        changed = {}
+        changed, more = {}, set()
         for stage, settings in stages.items():
             old = self.manifest["settings"].setdefault(stage, settings)
-            changed |= {
-                name: f"{name.replace('_', '-')} was {old.get(name)}, now {settings.get(name)}"
-                for name in old.keys() | settings.keys()
-                if old.get(name) != settings.get(name)
-            }
+            for name in old.keys() | settings.keys():
+                before, now = (each.get(name, UNRECORDED.get(name)) for each in (old, settings))
+                if before != now:
+                    changed[name] = f"{name.replace('_', '-')} was {before}, now {now}"
+                    more.add((otherwise or {}).get(stage))
         if changed:
+            (only,) = more if len(more) == 1 else (None,)
             raise DBFError(
                 f"{self.path} was begun with other settings ({'; '.join(changed[name] for name in sorted(changed))}): "
-                f"give the same settings to go on, or another --work to start anew{otherwise}"
+                f"give the same settings to go on, or another --work to start anew{f'; {only}' if only else ''}"
             )
         self.save()
 

@@ -64,11 +64,15 @@ def check_types(embedding_type: str, output_type: str, n_embd: int, tied: bool) 
 
 
 def check_output(out: Path, source_gguf: Path | None = None) -> None:
-    """Raises DBFError when `out` is a folder, or the GGUF file that the model is read from."""
+    """Raises DBFError when `out` is a folder, the GGUF file that the model is read from, or a file of another kind."""
     if out.is_dir():
         raise DBFError(f"cannot write {out}: it is a folder")
     if source_gguf is not None and out.exists() and out.samefile(source_gguf):
         raise DBFError(f"cannot write {out}: the model is read from it; name another file with -o")
+    if out.is_file() and out.stat().st_size:
+        with open(out, "rb") as f:
+            if f.read(4) != b"GGUF":
+                raise DBFError(f"cannot write {out}: what is there is no GGUF file; name another with -o")
 
 
 def check_convertible(model_dir: Path, llama_cpp: Path) -> None:

@@ -89,6 +89,7 @@ def _work_folder(path: Path):
     if not parallel.is_main():
         yield WorkFolder(path, {})
         return
+    WorkFolder.check_free(path)
     try:
         path.mkdir(parents=True, exist_ok=True)
         lock = open(path / ".lock", "w")  # noqa: SIM115, closed below
@@ -159,7 +160,8 @@ class Job:
             recorded.pop("tuning machine", None)
             if recorded.pop("tuning", tuning) != tuning:
                 work.manifest.pop("tuning", None)  # the steps that the minutes came to
-        work.claim(stages, f"; to tune anew, delete {distill.SNAPSHOT} and {FINAL} in it" if begun else "")
+        again = f"to tune anew, delete {distill.SNAPSHOT} and {FINAL} in it" if begun else None
+        work.claim(stages, {"tuning": again, "tuning machine": again})
         # of each stage the machine that it ran on, which need not be this one
         recorded = work.manifest["settings"]
         self.claimed = settings | tuning | recorded["machine"]
@@ -182,6 +184,8 @@ class Job:
         return BlockModel(self.given.source.folder, self.dtype, self.device, self.settings.join)
 
     def measure_importance(self) -> None:
+        if not self.settings.importance:
+            return
         if self.work.has("importance.safetensors"):
             self.screen.line("importance: done before")
             return

@@ -221,7 +221,7 @@ def _bits_for_size(source: ModelSource, settings: Settings, shapes: dict, tree: 
     if s.size < smallest:
         raise DBFError(
             f"{wanted} has at least {smallest:,} bytes ({smallest / 2**20:.2f} MiB): give that much, "
-            "or an --embedding-type of fewer bits (q4_0)"
+            "or an --embedding-type, and where it is a matrix of its own an --output-type, of fewer bits (q4_0)"
         )
     bits = bits_for_size(shapes, s.size, smallest, least)
     if bits > MAX_BITS:

@@ -57,9 +57,9 @@ TOKENS, LENGTH = 1024, 256  # of calibration text for the KL, in windows of at m
 STATE_BYTES = 1 << 28  # of the hidden states behind all changed blocks, before they are kept in a file
 LEAST_EFFECT = 1e-9  # below it the KL is rounding
 COMPRESSED = {
-    "with moments": "block by block",
+    "with moments": "block by block",  # and with importance
     "with importance": "alone (--blocks none)",
-    "plainly": "without importance",
+    "plainly": "with --no-importance",
 }
 FORMAT = 3
 
@@ -273,6 +273,7 @@ def read(path: Path, weights: str, compressed: str, own: bool = False) -> dict[s
     Raises DBFError when it is no such file, or was measured on a model with other weights, or on linears that were
     not `compressed` so.
     """
+    advice = "delete it, and it is measured anew" if own else "give uniform, adaptive, or a work folder's budget.json"
     try:
         stored = json.loads(path.read_text())
         if stored["format"] != FORMAT:
@@ -282,15 +283,14 @@ def read(path: Path, weights: str, compressed: str, own: bool = False) -> dict[s
         if not all(0 < a < c and 0 < d < b < math.inf for (a, b), (c, d) in curves.values()):
             raise ValueError("an effect that does not fall")
     except OSError as error:
-        raise DBFError(f"{path} cannot be read: {error.strerror}") from None
+        raise DBFError(f"{path} cannot be read ({error.strerror}): {advice}") from None
     except (ValueError, TypeError, KeyError, AttributeError, OverflowError):
-        other = "give uniform, adaptive, or a work folder's budget.json"
-        raise DBFError(f"{path} is no budget: {'delete it, and it is measured anew' if own else other}") from None
+        raise DBFError(f"{path} is no budget: {advice}") from None
     if found != weights:
         raise DBFError(f"{path} was measured on another model: --budget adaptive measures this one")
     if how != COMPRESSED[compressed]:
         raise DBFError(
             f"{path} holds effects of linears compressed {how}, here they are compressed {COMPRESSED[compressed]}: "
-            "--budget adaptive measures these"
+            "give the same, or --budget adaptive, which measures these"
         )
     return curves

@@ -425,6 +425,40 @@ def test_output_that_is_the_source(tmp_path):
     assert source.read_bytes() == b"model"
 
 
+def test_output_that_is_another_file(model, text, tmp_path, monkeypatch, capsys):
+    """The model's own weights are not written over, nor anything else that is no GGUF."""
+    folder = shutil.copytree(model, tmp_path / "model")
+    weights = folder / "model.safetensors"
+    before = weights.read_bytes()
+    for command in (["convert", folder, "--calib", text, *OPTIONS], ["reference", folder]):
+        error = fails(monkeypatch, capsys, *command, "-o", weights)
+        assert "is no GGUF file; name another with -o" in error and weights.read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_work_folder_that_is_another_folder(model, text, tmp_path, monkeypatch, capsys):
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.txt").write_text("years of work")
+    more = ["-o", tmp_path / "out.gguf", "--work", tmp_path / "other", *OPTIONS]
+    error = fails(monkeypatch, capsys, "convert", model, "--calib", text, *more)
+    assert "is no work folder" in error
+    assert [path.name for path in (tmp_path / "other").iterdir()] == ["thesis.txt"]
+
+
+def test_without_importance_none_is_measured(model, text, tmp_path, monkeypatch, capsys, patched_tree):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(prepare, "check_convertible", lambda folder, tree: None)  # seconds, and tested above
+    monkeypatch.setattr(pipeline.importance, "measure", None)
+    more = ["--no-importance", "--budget", "adaptive", "--blocks", "signs", "--bits", "3", "-o", "x.gguf"]
+    printed = convert_here(monkeypatch, capsys, model, "--calib", text, *more)
+    assert "importance:" not in printed and "written" in printed
+    work = WorkFolder.open(tmp_path / "x-work")
+    assert json.loads((work.path / "budget.json").read_text())["compressed"] == "plainly"
+    more = ["--calib", text, *OPTIONS, "--budget", work.path / "budget.json"]
+    error = fails(monkeypatch, capsys, "convert", model, *more)
+    assert "linears compressed with --no-importance, here they are compressed block by block: give the same" in error
+
+
 def test_cache_that_cannot_be_written(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("DBF_GGUF_CACHE", "/dev/null/cache")
     error = fails(monkeypatch, capsys, "convert", "smollm2-135m", "-o", tmp_path / "out.gguf")

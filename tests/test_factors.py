@@ -415,8 +415,12 @@ def test_claim_names_what_changed(tmp_path):
     with pytest.raises(DBFError, match="iterations was None, now 9"):
         again.claim({"factorize": {**settings, "iterations": 9}})
     again.claim({"tune": {"bits": 1.5}})  # another stage has settings of its own
-    with pytest.raises(DBFError, match=r"\(bits was 1.5, now 3; seed was 0, now 1\).*; or that"):  # of all at once
-        again.claim({"factorize": {**settings, "seed": 1}, "tune": {"bits": 3}}, "; or that")
+    with pytest.raises(DBFError, match=r"\(bits was 1.5, now 3; seed was 0, now 1\).*start anew$"):  # of all at once
+        again.claim({"factorize": {**settings, "seed": 1}, "tune": {"bits": 3}}, {"tune": "or that"})
+    with pytest.raises(DBFError, match=r"\(bits was 1.5, now 3\).*; or that$"):
+        again.claim({"factorize": settings, "tune": {"bits": 3}}, {"tune": "or that"})
+    with pytest.raises(DBFError, match=r"\(importance was True, now False; join was none, now qkv\)"):
+        again.claim({"factorize": settings | {"importance": False, "join": "qkv", "budget": "uniform"}})
     assert WorkFolder.open(tmp_path / "work").manifest["settings"]["factorize"]["bits"] == 2.0
 
 

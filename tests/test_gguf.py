@@ -10,6 +10,7 @@ import importlib
 import json
 import os
 import shlex
+import shutil
 import struct
 import sys
 import types
@@ -632,6 +633,15 @@ def test_a_missing_file_is_one_line(tmp_path):
 
 
 # --- the command line
+
+
+def test_verify_with_an_unfinished_folder(built, tmp_path):
+    made = built["llama"]
+    folder = shutil.copytree(made.work.path, tmp_path / "work")
+    (folder / "final.safetensors").unlink()
+    status, output = run("verify", made.dbf, "--work", folder)
+    assert status == 1 and "is not finished: the same `dbf-gguf convert` again goes on" in output
+    assert len(output.splitlines()) == 2
 
 
 def test_verify_compares_with_the_work_folder(built, tmp_path):

@@ -254,7 +254,7 @@ def test_another_number_of_processes_is_refused(pair, model, text, tmp_path, mon
     monkeypatch.setattr(sys, "argv", ["dbf-gguf", *map(str, arguments)])
     with pytest.raises(SystemExit):
         cli.main()
-    assert "processes was 2, now None" in capsys.readouterr().err
+    assert "processes was 2, now 1" in capsys.readouterr().err
 
 
 # --- errors

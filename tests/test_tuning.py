@@ -1413,7 +1413,7 @@ def test_stored_curves(tmp_path):
     with pytest.raises(DBFError, match="another model") as error:
         sensitivity.read(path, "others", "with moments")
     one_line(error)
-    for how, message in (("with importance", "compressed alone"), ("plainly", "compressed without importance")):
+    for how, message in (("with importance", "compressed alone"), ("plainly", "compressed with --no-importance")):
         with pytest.raises(DBFError, match=f"compressed block by block, here they are {message}") as error:
             sensitivity.read(path, "weights", how)
         one_line(error)

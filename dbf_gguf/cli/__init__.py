@@ -56,5 +56,6 @@ def main() -> None:
         error.show()
         sys.exit(error.exit_code)
     except (KeyboardInterrupt, click.Abort):
-        click.echo("dbf-gguf: interrupted", err=True)
+        goes_on = ": the same command with --resume goes on" if sys.argv[1:2] == ["convert"] else ""
+        click.echo(f"dbf-gguf: interrupted{goes_on}", err=True)
         sys.exit(130)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import click
 
+SHOWN = 30  # violations
 
 @click.command(
     epilog="""\b
@@ -16,7 +17,7 @@ Example:
 def command(file: Path, work: Path | None) -> None:
     """Check a DBF GGUF: its structure, every rule of the format, and on request its work folder.
 
-    Lists all violations and ends with status 1 when there are any.
+    Lists violations and ends with status 1 when there are any.
     """
     from ..checkpoint import WorkFolder
     from ..errors import DBFError
@@ -34,8 +35,10 @@ def command(file: Path, work: Path | None) -> None:
                 found = check_work(gguf, folder)
     except DBFError as error:
         found = [str(error)]
-    for violation in found:
+    for violation in found[:SHOWN]:
         click.echo(violation)
+    if len(found) > SHOWN:
+        click.echo(f"... and {len(found) - SHOWN} more")
     if found:
         click.echo(f"{file}: {len(found)} violation{'s' * (len(found) > 1)}", err=True)
         sys.exit(1)
