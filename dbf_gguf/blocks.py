@@ -16,6 +16,7 @@ Between blocks the hidden states of all windows are kept by `Activations`, in me
 """
 
 import copy
+import math
 import mmap
 import os
 import shutil
@@ -255,8 +256,8 @@ class Activations:
 
     def __init__(self, count: int, length: int, d: int, dtype: torch.dtype, folder: Path, budget: int):
         shape = (count, length, d)
-        self.bytes = self.on_disk(*shape, dtype, budget)
-        self.in_memory = self.bytes == 0
+        self.bytes = math.prod(shape) * dtype.itemsize
+        self.in_memory = not self.on_disk(*shape, dtype, budget)
         self._map = None
         if self.in_memory:
             self._values = torch.empty(shape, dtype=dtype)

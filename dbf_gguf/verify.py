@@ -21,7 +21,7 @@ import json
 
 import numpy as np
 
-from .checkpoint import FINAL, WorkFolder
+from .checkpoint import WorkFolder
 from .errors import DBFError
 from .factors import BLOCK
 from .gguf_file import BOOL, DBF_TYPE, F32, FORMAT_VERSION, PARTS, SCALES, SIGNS, STRING, TYPE_IDS, U32, GGUFFile
@@ -123,11 +123,8 @@ def _check_linear(file: GGUFFile, base: str, parts: dict) -> list[str]:
 def check_work(file: GGUFFile, work: WorkFolder) -> list[str]:
     """Every difference between the file and the work folder: linears, signs, scales (bit for bit), tuned norms.
 
-    Call it on a file that `check_format` finds sound. Raises DBFError when the file's architecture is unknown, or the
-    folder is not finished.
+    Call it on a file that `check_format` finds sound. Raises DBFError when the file's architecture is unknown.
     """
-    if not work.has(FINAL):
-        raise DBFError(f"{work.path} is not finished: the same `dbf-gguf convert` again goes on")
     names = _gguf_names(file)
     linears = file.linears()
     found, expected = [], set()

@@ -19,12 +19,14 @@ def command(file: Path, work: Path | None) -> None:
 
     Lists violations and ends with status 1 when there are any.
     """
-    from ..checkpoint import WorkFolder
+    from ..checkpoint import FINAL, WorkFolder
     from ..errors import DBFError
     from ..gguf_file import GGUFFile
     from ..verify import check_format, check_work
 
     folder = WorkFolder.open(work) if work else None
+    if folder and not folder.has(FINAL):
+        raise DBFError(f"{work} is not finished: the same `dbf-gguf convert` again goes on")
     try:
         with GGUFFile(file) as gguf:
             found = check_format(gguf)
