@@ -67,8 +67,12 @@ def table(rows: list[dict], noise: float) -> str:
     others = [row for row in rows if row not in (full, chance)]
     for row in [full, chance, *sorted(others, key=lambda row: -row["ppl"])]:
         gain = row["ppl"] / full["ppl"] - 1
-        brings = f"{100 * gain:.1f} %" if gain > noise else "nothing"
-        brings = {id(full): "", id(chance): f"chance: {100 * gain:+.1f} %"}.get(id(row), brings)
+        if row is full:
+            brings = ""
+        elif row is chance:
+            brings = f"chance: {100 * gain:+.1f} %"
+        else:
+            brings = f"{100 * gain:.1f} %" if gain > noise else "nothing"
         lines.append(f"| {row['missing']} | {row['ppl']:.2f} | {row['ppl'] / row['dense']:.2f} | {brings} |")
     return "\n".join(lines)
 
